@@ -1,0 +1,1 @@
+"""What the bytes of a GGUF file mean, and the kernels that multiply them. Knows no model."""

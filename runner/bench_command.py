@@ -1,0 +1,70 @@
+"""The command `bench`: runs the tests through the client and prints them as they end."""
+
+import sys
+from collections.abc import Iterator
+from datetime import UTC, datetime
+from pathlib import Path
+
+from runner import cli_options as options
+from runner.bench import BenchSetting, format_records, label_of_test, records
+from runner.chat_view import ChatView
+from runner.cli_options import Params
+from runner.errors import BuddyrunError, OptionError
+from runner.model_path import find_model
+from runner.protocol import BenchSample, BenchTest
+from runner.run_command import loaded_model
+from runner.terminal_text import storable
+
+_DEFAULT_TEXT = "bench.txt"
+
+
+def bench_model(model: str, params: Params) -> None:
+    """Print the speed of a model. Raises BuddyrunError."""
+    from runner.cli import version
+
+    path = find_model(storable(model), [])
+    tests = [BenchTest(n, 0) for n in params["prompts"] if n]
+    tests += [BenchTest(0, n) for n in params["gens"] if n]
+    if not tests:
+        raise OptionError("nothing to measure: -p and -n are both 0")
+    text, source = bench_text(params["text"])
+    view = ChatView(sys.stderr, sys.stderr, sys.stderr.isatty(), has_color=False)
+    context = {**params, "n_ctx": max(test.n_prompt + test.n_gen for test in tests) + 1}
+    with loaded_model(path, context, None, view) as (client, info):
+        samples = client.bench(tests, params["repetitions"], text)
+        setting = BenchSetting(info, source, version(), _now)
+        shown = _with_status(samples, tests, view)
+        for line in format_records(records(shown, setting), params["form"]):
+            print(line, flush=True)
+
+
+def bench_text(file: str | None) -> tuple[str, str]:
+    """The text to measure with and its name. Raises OptionError."""
+    if file:
+        return options.read_text(file, "the text"), Path(file).name
+    path = Path(__file__).parent / "demo" / _DEFAULT_TEXT
+    if not path.is_file():
+        raise BuddyrunError(f"this installation lacks {path}; give a text with --text FILE")
+    return options.read_text(str(path), "the text"), f"buddyrun's {_DEFAULT_TEXT}"
+
+
+def _with_status(
+    samples: Iterator[BenchSample], tests: list[BenchTest], view: ChatView
+) -> Iterator[BenchSample]:
+    """The samples, with a line on stderr that says which test is running."""
+    try:
+        for number, test in enumerate(tests):
+            label = label_of_test(test.n_prompt, test.n_gen)
+            view.status.show(f"test {number + 1} of {len(tests)}: {label} ...")
+            sample = next(samples, None)
+            view.status.clear()
+            if sample is None:
+                return
+            yield sample
+        yield from samples
+    finally:
+        view.status.clear()
+
+
+def _now() -> str:
+    return datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")

@@ -1,0 +1,237 @@
+"""Everything that a chat prints. Knows neither commands nor where answers come from.
+
+On a terminal the text of a model is made visible first (`terminal_text`), and help, timings and
+thinking are dimmed. Elsewhere stdout receives the answer's text exactly as the model made it, and
+nothing else: it is data for the next program; remarks go to stderr.
+"""
+
+from collections.abc import Sequence
+from typing import TextIO
+
+from runner.protocol import GenerateResult, ModelInfo, PromptProgress
+from runner.status_line import StatusLine
+from runner.terminal_text import visible, visible_line
+from runner.thinking import Part, ThinkingSplitter
+
+CONTEXT_WARNING = 0.8  # share of the context from which on every answer ends with a warning
+_DIM, _BOLD, _YELLOW, _RESET = "\x1b[2m", "\x1b[1m", "\x1b[33m", "\x1b[0m"
+
+
+class ChatView:
+    """Prints a chat to `out`, and what is not part of it to `err`."""
+
+    def __init__(self, out: TextIO, err: TextIO, is_terminal: bool, has_color: bool) -> None:
+        self.is_terminal = is_terminal
+        self._out = out
+        self._err = err
+        self._has_color = has_color and is_terminal
+        self.status = StatusLine(err, is_shown=is_terminal and err.isatty())
+
+    def banner(self, version: str, info: ModelInfo) -> None:
+        """What is running and how to get help; only on a terminal."""
+        if not self.is_terminal:
+            return
+        name = visible_line(info.name or info.path)
+        self._print(f"{self._styled('buddyrun', _BOLD)} {version}")
+        self._print(f"model    {name}: {model_line(info)}")
+        self._print(
+            f"context  {info.n_ctx} tokens (trained on {info.n_ctx_train})"
+            f"   cache {info.cache_type_k}/{info.cache_type_v}"
+        )
+        self._print(f"device   {visible_line(info.device)}, {info.n_threads} threads")
+        for note in info.notes:
+            self._print(self._styled(f"note     {visible_line(note)}", _YELLOW))
+        self._print(self._styled("/? for help, Ctrl-C stops an answer, /bye leaves", _DIM))
+
+    def say(self, text: str) -> None:
+        """A remark of ours: it may quote names and values from outside."""
+        stream = self._out if self.is_terminal else self._err
+        self._print(visible(text), stream)
+
+    def warn(self, text: str) -> None:
+        """A remark that should not be overlooked."""
+        stream = self._out if self.is_terminal else self._err
+        self._print(self._styled(visible(text), _YELLOW), stream)
+
+    def answer(self, show_thinking: bool) -> "AnswerPrinter":
+        """A printer for one answer."""
+        return AnswerPrinter(
+            self._out, self.status, self.is_terminal, self._has_color, show_thinking
+        )
+
+    def last_line(
+        self, result: GenerateResult, verbose: bool, total_s: float, load_s: float
+    ) -> None:
+        """Speeds and context use after an answer, and why it ended if not by itself."""
+        if self.is_terminal:
+            lines = eight_labels(result, total_s, load_s) if verbose else [summary(result)]
+            for line in lines:
+                self._print(self._styled(line, _DIM))
+        self._remark_on_end(result)
+
+    def _remark_on_end(self, result: GenerateResult) -> None:
+        if result.stop_reason == "context":
+            self.warn(
+                f"The answer was cut: the context is full ({result.n_past} of {result.n_ctx}"
+                " tokens). /clear starts anew; -c N at the start makes more room; with"
+                " --context-shift the oldest part is forgotten instead."
+            )
+        elif self.is_terminal and result.n_past >= CONTEXT_WARNING * result.n_ctx:
+            self.warn(
+                f"{result.n_past / result.n_ctx:.0%} of the context is used"
+                f" ({result.n_past} of {result.n_ctx} tokens); /clear starts anew."
+            )
+
+    def _print(self, line: str, stream: TextIO | None = None) -> None:
+        self.status.clear()
+        stream = stream or self._out
+        stream.write(line + "\n")
+        stream.flush()
+
+    def _styled(self, text: str, style: str) -> str:
+        return f"{style}{text}{_RESET}" if self._has_color else text
+
+
+class AnswerPrinter:
+    """Prints one answer as it streams in."""
+
+    def __init__(
+        self,
+        out: TextIO,
+        status: StatusLine,
+        is_terminal: bool,
+        has_color: bool,
+        show_thinking: bool,
+    ) -> None:
+        self._out = out
+        self._status = status
+        self._is_terminal = is_terminal
+        self._has_color = has_color
+        self._show_thinking = show_thinking
+        self._splitter = ThinkingSplitter()
+        self._is_dim = False
+        self._last = ""  # the last character printed
+        self._has_answer = False
+
+    def prompt_progress(self, progress: PromptProgress) -> None:
+        """Show how far the prompt is while there is nothing to read yet."""
+        done, total = progress.done - progress.n_cached, progress.total - progress.n_cached
+        if not self._last and done < total:
+            self._status.show_progress("reading the prompt", done, total)
+
+    def push(self, text: str) -> None:
+        """Print the next piece."""
+        self._status.clear()
+        if not self._is_terminal and self._show_thinking:
+            self._write(text)
+        else:
+            for part in self._splitter.push(text):
+                self._print_part(part)
+        self._out.flush()
+
+    def close(self) -> None:
+        """Print what was held back and end the line; also after an interrupted answer."""
+        self._status.clear()
+        for part in self._splitter.flush():
+            self._print_part(part)
+        self._set_dim(False)
+        if self._last not in ("", "\n"):
+            self._out.write("\n")
+        self._out.flush()
+
+    def _print_part(self, part: Part) -> None:
+        if part.is_thinking and not self._show_thinking:
+            self._status.show("thinking ...")
+            return
+        text = part.text
+        if not part.is_thinking and not self._has_answer:
+            text = self._begin_answer(text)
+        if not text:
+            return
+        self._set_dim(part.is_thinking)
+        self._write(visible(text, self._last) if self._is_terminal else text)
+
+    def _begin_answer(self, text: str) -> str:
+        """Leave one empty line after a thinking section and none before an answer."""
+        text = text.lstrip("\n") if self._last or not self._show_thinking else text
+        if not text:
+            return ""
+        self._has_answer = True
+        return ("\n" if self._last == "\n" else "\n\n") + text if self._last else text
+
+    def _set_dim(self, is_dim: bool) -> None:
+        if self._has_color and is_dim != self._is_dim:
+            self._out.write(_DIM if is_dim else _RESET)
+        self._is_dim = is_dim
+
+    def _write(self, text: str) -> None:
+        self._out.write(text)
+        self._last = text[-1:] or self._last
+
+
+def model_line(info: ModelInfo) -> str:
+    """Architecture, layers, experts, type and size on one line."""
+    experts = f" x {info.n_expert} experts (top {info.n_expert_used})" if info.n_expert else ""
+    return (
+        f"{visible_line(info.architecture)}, {info.n_layer} layers{experts},"
+        f" {visible_line(info.file_type)}, {size(info.size_bytes)}"
+    )
+
+
+def summary(result: GenerateResult) -> str:
+    """The one line after an answer."""
+    prompt = _rate(result.n_prompt - result.n_cached, result.prompt_s)
+    generation = _rate(result.n_generated, result.generation_s)
+    ends = {"length": " | stopped at -n", "cancelled": " | stopped"}
+    return (
+        f"[ Prompt: {prompt} t/s | Generation: {generation} t/s"
+        f" | ctx {tokens(result.n_past)}/{tokens(result.n_ctx)}{ends.get(result.stop_reason, '')} ]"
+    )
+
+
+def eight_labels(result: GenerateResult, total_s: float, load_s: float) -> Sequence[str]:
+    """The timings of an answer under the labels that Ollama prints."""
+    n_computed = result.n_prompt - result.n_cached
+    rows = (
+        ("total duration", _duration(total_s)),
+        ("load duration", _duration(load_s)),
+        ("prompt eval count", f"{n_computed} token(s)"),
+        ("prompt eval duration", _duration(result.prompt_s)),
+        ("prompt eval rate", f"{_rate(n_computed, result.prompt_s)} tokens/s"),
+        ("eval count", f"{result.n_generated} token(s)"),
+        ("eval duration", _duration(result.generation_s)),
+        ("eval rate", f"{_rate(result.n_generated, result.generation_s)} tokens/s"),
+        ("prompt cached", f"{result.n_cached} token(s)"),
+        ("context", f"{result.n_past} of {result.n_ctx} tokens"),
+        ("seed", str(result.seed)),
+        ("stopped by", result.stop_reason),
+    )
+    return [f"{label + ':':<22}{value}" for label, value in rows]
+
+
+def tokens(n: int) -> str:
+    """A token count in a few characters: 812, 1.2k, 8k; contexts are counted in 1024s."""
+    if n < 1000:
+        return str(n)
+    return f"{n / 1024:.1f}k".replace(".0k", "k")
+
+
+def size(n_bytes: int) -> str:
+    """A size as file managers show it: 31.2 MB, 26.4 GB."""
+    unit, name = (10**9, "GB") if n_bytes >= 10**9 else (10**6, "MB")
+    return f"{n_bytes / unit:.1f} {name}"
+
+
+def count(n: int) -> str:
+    """A number of parameters: 28.9 M, 46.7 B."""
+    return f"{n / 1e6:.1f} M" if n < 10**9 else f"{n / 1e9:.1f} B"
+
+
+def _rate(n: int, seconds: float) -> str:
+    return f"{n / seconds:.1f}" if n > 0 and seconds > 0 else "-"
+
+
+def _duration(seconds: float) -> str:
+    if seconds < 1:
+        return f"{seconds * 1000:.3f}ms"
+    return f"{seconds:.3f}s"

@@ -1,0 +1,250 @@
+"""The command line: reads argv and the environment, starts the client, maps errors to exit codes.
+
+Nothing heavy is imported before a command needs it, so that `--help` is immediate. Exit codes:
+0 done, 1 a problem told in one message, 2 wrong usage, 130 Ctrl-C, 141 the reader of a pipe left.
+"""
+
+import os
+import signal
+import sys
+from types import FrameType
+from typing import Any, NoReturn
+
+import click
+
+from runner import cli_options as options
+from runner.cli_options import Params
+from runner.command_group import DefaultGroup, SectionedCommand
+from runner.errors import BuddyrunError
+from runner.terminal_text import visible
+
+NAME = "buddyrun"
+EXIT_PROBLEM, EXIT_INTERRUPTED, EXIT_BROKEN_PIPE = 1, 130, 141
+_COMPLETE_VARIABLE = "_BUDDYRUN_COMPLETE"
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run the command line; returns the exit code and never shows a traceback unasked."""
+    arguments = sys.argv[1:] if arguments is None else arguments
+    prepare_streams()
+    signal.signal(signal.SIGTERM, _leave)
+    if hasattr(signal, "SIGHUP"):
+        signal.signal(signal.SIGHUP, _leave)
+    try:
+        status = _run(arguments)
+        sys.stdout.flush()
+        return status
+    except BrokenPipeError:
+        _forget_stdout()
+        return EXIT_BROKEN_PIPE
+    except (KeyboardInterrupt, click.Abort):
+        return EXIT_INTERRUPTED
+    except BuddyrunError as error:
+        return _complain(str(error))
+    except OSError as error:
+        _forget_stdout()
+        return _complain(_os_error_text(error))
+    except Exception as error:  # noqa: BLE001 - the edge of the process
+        return _complain_of_bug(error, arguments)
+
+
+def _run(arguments: list[str]) -> int:
+    instruction = os.environ.get(_COMPLETE_VARIABLE)
+    if instruction:
+        from click.shell_completion import shell_complete
+
+        return shell_complete(commands, {}, NAME, _COMPLETE_VARIABLE, instruction)
+    try:
+        with commands.make_context(NAME, list(arguments)) as context:
+            commands.invoke(context)
+    except click.exceptions.Exit as leave:
+        return leave.exit_code
+    except click.ClickException as error:
+        error.show()
+        return error.exit_code
+    return 0
+
+
+def prepare_streams() -> None:
+    """Make stdout and stderr usable whatever the caller left: closed, or of an odd encoding."""
+    if sys.stdout is None:
+        sys.stdout = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115
+    if sys.stderr is None:
+        sys.stderr = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            encoding = stream.encoding if stream.isatty() else "utf-8"
+            stream.reconfigure(encoding=encoding, errors="replace")
+
+
+def _leave(number: int, frame: FrameType | None) -> NoReturn:
+    """End as after an exception, so that the terminal and the worker are left in order."""
+    raise SystemExit(128 + number)
+
+
+def _forget_stdout() -> None:
+    """Let what is still buffered go nowhere, or the interpreter would complain at its end."""
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    try:
+        os.dup2(nowhere, sys.stdout.fileno())
+    except (OSError, ValueError):
+        pass
+    finally:
+        os.close(nowhere)
+
+
+def _complain(text: str) -> int:
+    print(f"{NAME}: {visible(text)}", file=sys.stderr)
+    return EXIT_PROBLEM
+
+
+def _os_error_text(error: OSError) -> str:
+    if error.filename is None:
+        return f"cannot write or read: {error.strerror or error}"
+    return f"{error.filename}: {error.strerror}"
+
+
+def _complain_of_bug(error: Exception, arguments: list[str]) -> int:
+    if {"-v", "--verbose"} & set(arguments) or os.environ.get("BUDDYRUN_VERBOSE"):
+        import traceback
+
+        traceback.print_exception(error)
+    return _complain(
+        f"internal error: {type(error).__name__}: {str(error)[:300]}. This is a bug; please report"
+        " it with what --verbose adds."
+    )
+
+
+def version() -> str:
+    """The installed version."""
+    from importlib.metadata import PackageNotFoundError, version
+
+    try:
+        return version(NAME)
+    except PackageNotFoundError:
+        return "(not installed)"
+
+
+def _show_version(context: click.Context, param: click.Parameter, value: bool) -> None:
+    if value:
+        click.echo(f"{NAME} {version()}")
+        context.exit()
+
+
+def _run_command(**params: Any) -> None:
+    from runner.run_command import run_model
+
+    words = list(params["words"])
+    context = click.get_current_context()
+    source = context.get_parameter_source("model")
+    is_given = source is click.core.ParameterSource.COMMANDLINE
+    if not is_given and words:
+        params["model"] = words.pop(0)
+    if not params["model"]:
+        raise click.UsageError("Missing MODEL, the path of a GGUF file.", context)
+    run_model(params, words, os.environ, sorted(commands.commands))
+
+
+def _demo_command(**params: Any) -> None:
+    from runner.run_command import demo_model, run_model
+
+    params["model"] = str(demo_model())
+    run_model(params, list(params["words"]), os.environ, [])
+
+
+def _show_command(**params: Any) -> None:
+    from runner.run_command import show_model
+
+    show_model(_chosen_model(params), params["as_json"], params["template"])
+
+
+def _bench_command(**params: Any) -> None:
+    from runner.bench_command import bench_model
+
+    bench_model(_chosen_model(params), params)
+
+
+def _chosen_model(params: Params) -> str:
+    word: str | None = params["word"] or params["model"]
+    if not word:
+        raise click.UsageError("Missing MODEL, the path of a GGUF file.")
+    return word
+
+
+_CHAT_SECTIONS = (
+    ("Prompt and chat", options.PROMPT_FLAGS),
+    ("Context and speed", (*options.CONTEXT_FLAGS, *options.THREAD_FLAGS)),
+    ("Sampling", options.SAMPLING_FLAGS),
+    ("Terminal", options.TERMINAL_FLAGS),
+)
+
+
+def _chat_command(name: str, help: str, callback: Any, words: str, flags: Any) -> click.Command:
+    sections = (("Model", flags), *_CHAT_SECTIONS) if flags else _CHAT_SECTIONS
+    argument = click.Argument(["words"], nargs=-1, metavar=words)
+    params = [argument, *(param for _, section in sections for param in section)]
+    short = help.partition(";")[0].partition(". ")[0].removesuffix(".")
+    command = SectionedCommand(name, params=params, callback=callback, help=help, short_help=short)
+    command.sections = sections
+    return command
+
+
+commands = DefaultGroup(
+    NAME,
+    help="Run Mixture-of-Experts GGUF models that are larger than the GPU.",
+    no_args_is_help=True,
+    params=[
+        click.Option(
+            ["--version"],
+            is_flag=True,
+            is_eager=True,
+            expose_value=False,
+            callback=_show_version,
+            help="Show the version and exit.",
+        )
+    ],
+    commands=[
+        _chat_command(
+            "run",
+            "Chat with MODEL, a GGUF file; this is what buddyrun does without a command. With a"
+            " PROMPT, or text piped in, answer once and exit.",
+            _run_command,
+            "MODEL [PROMPT]...",
+            (options.MODEL_FLAG,),
+        ),
+        _chat_command(
+            "demo",
+            "Chat with the small demo model that comes with buddyrun.",
+            _demo_command,
+            "[PROMPT]...",
+            (),
+        ),
+        click.Command(
+            "show",
+            params=[
+                click.Argument(["word"], required=False, metavar="MODEL"),
+                options.MODEL_FLAG,
+                options.switch("--json", "as_json", help="Print JSON."),
+                options.switch("--template", "template", help="Print the chat template too."),
+            ],
+            callback=_show_command,
+            short_help="Print a model's architecture, types and sizes",
+            help="Print a model's architecture, types and sizes.",
+        ),
+        click.Command(
+            "bench",
+            params=[
+                click.Argument(["word"], required=False, metavar="MODEL"),
+                options.MODEL_FLAG,
+                *options.BENCH_FLAGS,
+                *options.THREAD_FLAGS,
+            ],
+            callback=_bench_command,
+            short_help="Measure the speed of prompts and generation",
+            help="Measure the speed of prompts and generation; columns and fields as llama-bench.",
+        ),
+    ],
+)
+
+if __name__ == "__main__":
+    sys.exit(main())

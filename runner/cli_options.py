@@ -1,0 +1,271 @@
+"""The flags of the commands, spelled as llama.cpp spells them. Knows no command and runs nothing.
+
+Every flag has an environment twin: `--ctx-size` is `BUDDYRUN_CTX_SIZE`. A flag beats its twin.
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import click
+
+from runner.config import DEFAULT_MAX_CTX, EngineConfig, SamplingConfig
+from runner.errors import OptionError
+from runner.sampling_options import N_PREDICT, SAMPLING_OPTIONS, SamplingOption, default_of
+
+ENVIRONMENT_PREFIX = "BUDDYRUN"
+CACHE_TYPES = click.Choice(["f16", "q8_0"])
+_MAX_INT = 2**31 - 1
+_MAX_BENCH_TOKENS = 1 << 20
+
+Params = dict[str, Any]  # what click makes of the command line, by parameter name
+
+
+def flag(
+    *names: str, help: str, type: click.ParamType | type | None = None, default: Any = None
+) -> click.Option:
+    """An option with its environment twin; the last of `names` is the parameter's name."""
+    return click.Option(
+        names,
+        help=help,
+        type=type,
+        default=default,
+        **_twin(names),
+        show_default=default not in ("", None),
+    )
+
+
+def switch(*names: str, help: str, default: bool | None = False) -> click.Option:
+    """An on/off option with its environment twin."""
+    return click.Option(names, help=help, is_flag=True, default=default, **_twin(names))
+
+
+def _twin(names: Sequence[str]) -> Params:
+    name = next(name for name in names if name.startswith("--")).partition("/")[0]
+    variable = f"{ENVIRONMENT_PREFIX}_{name.strip('-').replace('-', '_').upper()}"
+    return {"envvar": variable, "show_envvar": True}
+
+
+class _SamplingType(click.ParamType):
+    """Lets click read a sampling parameter through the table that `/set` uses too."""
+
+    def __init__(self, option: SamplingOption) -> None:
+        self._option = option
+        self.name = {int: "N", float: "N", str: "TEXT"}.get(option.kind, "TEXT")
+
+    def convert(
+        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
+    ) -> int | float | str | bool:
+        """Raises click.BadParameter for a value outside its range."""
+        if not isinstance(value, str):
+            return value  # type: ignore[no-any-return]
+        try:
+            return self._option.parse(value)
+        except OptionError as error:
+            self.fail(str(error), param, ctx)
+
+
+def _sampling_flag(option: SamplingOption) -> click.Option:
+    names = [option.short] if option.short else []
+    names += [f"--{name}" for name in option.names]
+    default = default_of(option)
+    if option.kind is bool:
+        return switch(*names, option.field, help=option.help)
+    return flag(*names, option.field, help=option.help, type=_SamplingType(option), default=default)
+
+
+MODEL_FLAG = flag("-m", "--model", "model", help="The GGUF file, instead of MODEL.")
+
+PROMPT_FLAGS = (
+    flag("-p", "--prompt", "prompt", help="Answer this and exit; joins what is piped in."),
+    flag("-f", "--file", "prompt_file", help="Take the prompt from a file."),
+    flag("-sys", "--system-prompt", "system_prompt", help="Sent before every chat.", default=""),
+    switch(
+        *("-cnv/-no-cnv", "--conversation/--no-conversation", "conversation"),
+        help="Chat on after the prompt / complete the raw prompt without a chat template.",
+        default=None,
+    ),
+    switch("-st", "--single-turn", "single_turn", help="Leave after one answer."),
+    flag("--chat-template", "chat_template", help="Jinja text or a name: chatml, llama3 ..."),
+    flag("--chat-template-file", "chat_template_file", help="The same from a file."),
+)
+
+THREAD_FLAGS = (
+    flag(
+        *("-t", "--threads", "n_threads"),
+        help="Threads for generation; 0 = one per core.",
+        type=click.IntRange(0, 1024),
+        default=EngineConfig.n_threads,
+    ),
+    flag(
+        *("-tb", "--threads-batch", "n_threads_batch"),
+        help="Threads for prompts; 0 = as for generation.",
+        type=click.IntRange(0, 1024),
+        default=EngineConfig.n_threads_batch,
+    ),
+    flag(
+        *("-b", "--batch-size", "n_batch"),
+        help="Most tokens of a prompt computed at once.",
+        type=click.IntRange(1, 65536),
+        default=EngineConfig.n_batch,
+    ),
+    flag(
+        *("-ctk", "--cache-type-k", "cache_type_k"),
+        help="Type of the cached keys.",
+        type=CACHE_TYPES,
+        default=EngineConfig.cache_type_k,
+    ),
+    flag(
+        *("-ctv", "--cache-type-v", "cache_type_v"),
+        help="Type of the cached values.",
+        type=CACHE_TYPES,
+        default=EngineConfig.cache_type_v,
+    ),
+)
+
+CONTEXT_FLAGS = (
+    flag(
+        *("-c", "--ctx-size", "n_ctx"),
+        help=f"Context in tokens; 0 = the model's, at most {DEFAULT_MAX_CTX}.",
+        type=click.IntRange(0, _MAX_INT),
+        default=EngineConfig.n_ctx,
+    ),
+    switch(
+        *("--context-shift/--no-context-shift", "context_shift"),
+        help="When the context is full forget its oldest half instead of stopping.",
+    ),
+    flag(
+        *("--keep", "n_keep"),
+        help="Tokens at the start that a context shift keeps.",
+        type=click.IntRange(0, _MAX_INT),
+        default=EngineConfig.n_keep,
+    ),
+)
+
+SAMPLING_FLAGS = (
+    _sampling_flag(N_PREDICT),
+    *map(_sampling_flag, SAMPLING_OPTIONS),
+    flag("--grammar-file", "grammar_file", help="The grammar from a file."),
+    flag("-jf", "--json-schema-file", "json_schema_file", help="The JSON schema from a file."),
+    click.Option(
+        ("--dry-sequence-breaker", "dry_sequence_breakers"),
+        multiple=True,
+        help="Text that ends a repeat for DRY; may be repeated; 'none' = no breakers."
+        " Without it: newline, colon, quote and star.",
+        **_twin(["--dry-sequence-breaker"]),
+    ),
+)
+
+TERMINAL_FLAGS = (
+    switch("--hide-thinking", "hide_thinking", help="Do not show thinking sections."),
+    switch("--no-color", "no_color", help="No colours; NO_COLOR does the same."),
+    switch("--simple-io", "simple_io", help="Plain line input, for dumb terminals."),
+    flag(
+        *("--history", "history"),
+        help="File for the lines typed in a chat; '' = keep none.",
+    ),
+    switch("-v", "--verbose", "verbose", help="Show timings in full, and traces of bugs."),
+)
+
+
+class _CountList(click.ParamType):
+    """Token counts as llama-bench takes them: 512 or 512,1024; 0 leaves a test out."""
+
+    name = "N,..."
+
+    def convert(
+        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
+    ) -> tuple[int, ...]:
+        """Raises click.BadParameter for anything but counts."""
+        if not isinstance(value, str):
+            return tuple(value)
+        try:
+            counts = tuple(int(part) for part in value.split(","))
+        except ValueError:
+            counts = (-1,)
+        if any(not 0 <= n <= _MAX_BENCH_TOKENS for n in counts):
+            self.fail(
+                f"{value!r} is not a list of counts from 0 to {_MAX_BENCH_TOKENS}", param, ctx
+            )
+        return counts
+
+
+def _join_counts(
+    context: click.Context, param: click.Parameter, values: tuple[tuple[int, ...], ...]
+) -> tuple[int, ...]:
+    return tuple(n for counts in values for n in counts)
+
+
+def _counts(*names: str, help: str, default: int) -> click.Option:
+    return click.Option(
+        names,
+        help=help,
+        type=_CountList(),
+        multiple=True,
+        default=[str(default)],
+        show_default=True,
+        callback=_join_counts,
+        **_twin(names),
+    )
+
+
+BENCH_FLAGS = (
+    _counts("-p", "--n-prompt", "prompts", help="Prompts of N tokens.", default=512),
+    _counts("-n", "--n-gen", "gens", help="Generations of N tokens.", default=128),
+    flag(
+        *("-r", "--repetitions", "repetitions"),
+        help="How often each test runs.",
+        type=click.IntRange(1, 1000),
+        default=5,
+    ),
+    flag(
+        *("-o", "--output", "form"),
+        help="Format of the figures.",
+        type=click.Choice(["md", "json", "jsonl", "csv"]),
+        default="md",
+    ),
+    flag("--text", "text", help="The text whose tokens are used; a packaged one otherwise."),
+)
+
+
+def engine_config(params: Params) -> EngineConfig:
+    """The engine's settings in the parameters of a command; what it lacks keeps its default."""
+    names = EngineConfig.__dataclass_fields__
+    return EngineConfig(**{name: params[name] for name in names if name in params})
+
+
+def sampling_config(params: Params) -> SamplingConfig:
+    """The sampling settings; grammar and schema files are read. Raises OptionError."""
+    values = {option.field: params[option.field] for option in SAMPLING_OPTIONS}
+    if params["grammar_file"]:
+        values["grammar"] = read_text(params["grammar_file"], "the grammar")
+    if params["json_schema_file"]:
+        values["json_schema"] = read_text(params["json_schema_file"], "the JSON schema")
+    if values["grammar"] and values["json_schema"]:
+        raise OptionError("give either a grammar or a JSON schema, not both")
+    breakers = tuple(params["dry_sequence_breakers"])
+    if breakers:
+        values["dry_sequence_breakers"] = () if breakers == ("none",) else breakers
+    return SamplingConfig(**values)
+
+
+def chat_template(params: Params) -> str | None:
+    """The template (or a built-in one's name) that replaces the model's own, or None.
+
+    Raises OptionError when the file cannot be read.
+    """
+    if params["chat_template_file"]:
+        return read_text(params["chat_template_file"], "the chat template")
+    return params["chat_template"] or None
+
+
+def read_text(path: str, what: str) -> str:
+    """A UTF-8 text file. Raises OptionError when it cannot be read or is not text."""
+    try:
+        return Path(path).read_bytes().decode("utf-8-sig")
+    except OSError as error:
+        raise OptionError(f"cannot read {what} from {path}: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        raise OptionError(
+            f"cannot read {what} from {path}: it is not UTF-8 text (byte {error.start})"
+        ) from error

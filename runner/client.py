@@ -1,0 +1,244 @@
+"""What the terminal's process knows of the engine: requests, their replies, a worker's death."""
+
+import itertools
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from queue import Empty, SimpleQueue
+from types import TracebackType
+from typing import Any, Self
+
+from runner import errors, protocol
+from runner.config import EngineConfig, GenerateRequest
+from runner.errors import BuddyrunError, CancelledError, InternalError, WorkerDiedError
+from runner.protocol import (
+    BenchFields,
+    BenchSample,
+    BenchTest,
+    GenerateFields,
+    GenerateResult,
+    LoadFields,
+    Message,
+    ModelInfo,
+    PromptProgress,
+    TextPiece,
+)
+from runner.worker_death import Circumstances, explain
+from runner.worker_process import WorkerProcess
+
+LAST_REPLIES = ("loaded", "done", "bench_done", "stats", "error")
+POLL_S = 0.5  # Windows lets Ctrl-C through only between waits
+
+OnProgress = Callable[[str, int, int], None]
+Mailbox = SimpleQueue[Message | None]  # None: the worker has ended
+
+
+class Client:
+    """One engine in a process of its own. Requests other than `stats` come from one thread;
+    `stats` and `cancel` may come from any, and `cancel` from a signal handler too.
+
+    Errors that the worker raised are raised here with the same class and text. When it died
+    that is WorkerDiedError, and `restart` makes a new one with the same model.
+    """
+
+    def __init__(self) -> None:
+        self._ids = itertools.count(1)
+        self._loaded: LoadFields | None = None
+        self._job: int | None = None  # the id of the running load, generate or bench
+        self._dropped: int | None = None  # a job whose reader went away before its end
+        self._open_worker()
+
+    @classmethod
+    def start(cls) -> Self:
+        """Start a worker; returns at once, while it gets ready."""
+        return cls()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    @property
+    def pid(self) -> int:
+        """The worker's process id."""
+        return self._worker.pid
+
+    @property
+    def log(self) -> str:
+        """The last lines that the worker wrote to stderr: traces, what native code said."""
+        return self._worker.log
+
+    def load(
+        self,
+        path: str | Path,
+        config: EngineConfig | None = None,
+        chat_template: str | None = None,
+        on_progress: OnProgress | None = None,
+    ) -> ModelInfo:
+        """Load a model in the place of any other. `chat_template` replaces the model's own;
+        `on_progress(stage, done, total)` is called in this thread. Raises CancelledError after
+        `cancel`."""
+        model = str(Path(path).absolute())
+        self._loaded = LoadFields(model, config or EngineConfig(), chat_template)
+        return self._load(on_progress)
+
+    def restart(self, on_progress: OnProgress | None = None) -> ModelInfo:
+        """Replace the worker, dead or alive, by a new one and load the same model again."""
+        assert self._loaded is not None, "nothing was loaded that could be loaded again"
+        self._worker.kill()
+        self._worker.end()
+        self._open_worker()
+        return self._load(on_progress)
+
+    def generate(
+        self, request: GenerateRequest
+    ) -> Iterator[TextPiece | PromptProgress | GenerateResult]:
+        """Make one answer; the last item is the GenerateResult, also after `cancel`. To close
+        the iterator early cancels the answer."""
+        for reply in self._run_job("generate", GenerateFields(request)):
+            match reply["type"]:
+                case "text":
+                    yield TextPiece(reply["text"], reply["n_tokens"])
+                case "prompt_progress":
+                    yield PromptProgress(reply["done"], reply["total"], reply["n_cached"])
+                case "done":
+                    yield protocol.parse(GenerateResult, reply["result"])
+
+    def bench(
+        self, tests: Sequence[BenchTest], repetitions: int, text: str
+    ) -> Iterator[BenchSample]:
+        """Measure speed on the tokens of `text`; one sample per test. `cancel` ends it early."""
+        for reply in self._run_job("bench", BenchFields(tuple(tests), repetitions, text)):
+            if reply["type"] == "bench_result":
+                yield BenchSample(reply["n_prompt"], reply["n_gen"], tuple(reply["samples_ns"]))
+
+    def stats(self) -> dict[str, Any]:
+        """The engine's counters now, also while it computes."""
+        number, mailbox = self._send("stats")
+        try:
+            snapshot: dict[str, Any] = self._next_reply(mailbox)["snapshot"]
+        finally:
+            self._mailboxes.pop(number, None)
+        return snapshot
+
+    def cancel(self) -> None:
+        """Ask the worker to end the running load, generate or bench; no-op when none runs."""
+        self._cancel(self._job)
+
+    def close(self) -> None:
+        """End the worker. Can be called twice."""
+        self._worker.send(protocol.encode({"type": "shutdown"}))
+        self._worker.end()
+
+    def _cancel(self, job: int | None) -> None:
+        if job is not None:
+            self._worker.send(protocol.encode({"type": "cancel", "target": job}))
+
+    def _open_worker(self) -> None:
+        self._mailboxes: dict[int, Mailbox] = {}
+        self._ended = threading.Event()
+        self._job = self._dropped = None
+        self._circumstances = Circumstances.now(None)
+        # Bound to this worker's own mailboxes: a late message of an old worker finds no reader.
+        mailboxes, ended = self._mailboxes, self._ended
+
+        def on_message(message: Message) -> None:
+            mailbox = mailboxes.get(message.get("id") or 0)
+            if mailbox is not None:
+                mailbox.put(message)
+
+        def on_end() -> None:
+            ended.set()
+            for mailbox in list(mailboxes.values()):
+                mailbox.put(None)
+
+        self._worker = WorkerProcess(on_message, on_end)
+
+    def _load(self, on_progress: OnProgress | None) -> ModelInfo:
+        assert self._loaded is not None
+        self._circumstances = Circumstances.now(Path(self._loaded.model))
+        info: ModelInfo | None = None
+        for reply in self._run_job("load", self._loaded):
+            if reply["type"] == "progress" and on_progress is not None:
+                on_progress(reply["stage"], reply["done"], reply["total"])
+            elif reply["type"] == "loaded":
+                info = protocol.parse(ModelInfo, reply["info"])
+        assert info is not None
+        return info
+
+    def _run_job(self, kind: str, body: object) -> Iterator[Message]:
+        """Send a request and yield its replies up to the last one, or raise what it says."""
+        self._await_dropped()
+        number, mailbox = self._send(kind, **vars(body))
+        self._job = number
+        is_over = False
+        try:
+            while not is_over:
+                reply = self._next_reply(mailbox)
+                is_over = reply["type"] in LAST_REPLIES
+                yield reply
+        except (BuddyrunError, CancelledError):
+            is_over = True
+            raise
+        finally:
+            if is_over:
+                self._mailboxes.pop(number, None)
+            elif self._mailboxes.get(number) is mailbox:  # not of a worker since replaced
+                self._cancel(number)
+                self._dropped = number
+            if self._job == number:
+                self._job = None
+
+    def _await_dropped(self) -> None:
+        """Skip what is still to come of a job that was dropped before its end."""
+        if self._dropped is None:
+            return
+        mailbox = self._mailboxes[self._dropped]
+        try:
+            while self._next_reply(mailbox)["type"] not in LAST_REPLIES:
+                pass
+        except WorkerDiedError:
+            raise
+        except (BuddyrunError, CancelledError):
+            pass  # the dropped job's own error is nobody's any more
+        del self._mailboxes[self._dropped]
+        self._dropped = None
+
+    def _send(self, kind: str, **body: object) -> tuple[int, Mailbox]:
+        number = next(self._ids)
+        data = protocol.encode({"type": kind, "id": number, **body})
+        mailbox: Mailbox = SimpleQueue()
+        self._mailboxes[number] = mailbox
+        if self._ended.is_set():
+            mailbox.put(None)
+        self._worker.send(data)
+        return number, mailbox
+
+    def _next_reply(self, mailbox: Mailbox) -> Message:
+        while True:
+            try:
+                reply = mailbox.get(timeout=POLL_S)
+            except Empty:
+                continue
+            if reply is None:
+                raise self._death()
+            if reply["type"] == "error":
+                raise _as_error(reply)
+            return reply
+
+    def _death(self) -> WorkerDiedError:
+        status = self._worker.end()
+        return WorkerDiedError(explain(status, self._worker.log, self._circumstances))
+
+
+def _as_error(reply: Message) -> Exception:
+    if reply["kind"] in errors.__all__:
+        error: Exception = getattr(errors, reply["kind"])(reply["message"])
+        return error
+    return InternalError(reply["message"])

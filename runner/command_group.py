@@ -1,0 +1,70 @@
+"""The click classes behind the command line: a default command, help in sections."""
+
+from collections.abc import Sequence
+
+import click
+
+EXAMPLES = (
+    ("buddyrun demo", "chat with the small model that comes along"),
+    ("buddyrun MODEL.gguf", "chat with a model"),
+    ('buddyrun MODEL.gguf -p "Why?" -n 64', "answer once and exit"),
+    ('buddyrun MODEL.gguf "Sum up:" < notes.txt', "answer about what is piped in"),
+)
+_USUAL = ("model", "prompt", "n_predict", "n_ctx", "n_threads", "system_prompt", "temperature")
+
+
+class DefaultGroup(click.Group):
+    """A group whose command `run` is meant when the first word is none of its commands.
+
+    A file called like a command is reached as `./show` or `-m show`.
+    """
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        """Put `run` before anything that is neither a command nor a flag of the group."""
+        own = {name for param in self.params for name in param.opts} | set(ctx.help_option_names)
+        has_model_twin = not args and self._run_has_model(ctx)
+        if has_model_twin or (args and args[0] not in self.commands and args[0] not in own):
+            args = ["run", *args]
+        return super().parse_args(ctx, args)
+
+    def _run_has_model(self, ctx: click.Context) -> bool:
+        flags = [param for param in self.commands["run"].params if param.name == "model"]
+        return any(param.resolve_envvar_value(ctx) for param in flags)
+
+    def format_usage(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """The default command and the others."""
+        formatter.write_usage("buddyrun", "[FLAGS] MODEL [PROMPT]...")
+        formatter.write_usage("buddyrun", "COMMAND [FLAGS] ...", prefix="       ")
+
+    def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """Commands, examples and the flags that are used most."""
+        self.format_commands(ctx, formatter)
+        with formatter.section("Examples"):
+            formatter.write_dl(EXAMPLES)
+        run = self.commands["run"]
+        usual = [param for param in run.params if param.name in _USUAL]
+        with formatter.section("Most used flags (all of them: buddyrun run --help)"):
+            formatter.write_dl(_help_rows(usual, ctx))
+        with formatter.section("Other"):
+            formatter.write_dl(_help_rows(self.get_params(ctx), ctx))
+
+
+class SectionedCommand(click.Command):
+    """A command whose help lists its flags under headings."""
+
+    sections: Sequence[tuple[str, Sequence[click.Parameter]]] = ()
+
+    def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """One list of flags per section."""
+        for title, params in self.sections:
+            with formatter.section(title):
+                formatter.write_dl(_help_rows(params, ctx))
+        listed = {id(param) for _, params in self.sections for param in params}
+        others = [param for param in self.get_params(ctx) if id(param) not in listed]
+        with formatter.section("Other"):
+            formatter.write_dl(_help_rows(others, ctx))
+
+
+def _help_rows(params: Sequence[click.Parameter], ctx: click.Context) -> list[tuple[str, str]]:
+    rows = [param.get_help_record(ctx) for param in params if isinstance(param, click.Option)]
+    return [row for row in rows if row is not None]

@@ -1,0 +1,76 @@
+"""The settings of a run as frozen values. Knows neither the command line nor the engine."""
+
+from dataclasses import dataclass, field
+
+
+@dataclass(frozen=True)
+class EngineConfig:
+    """How a model is loaded and run; names and defaults follow llama.cpp's command line."""
+
+    n_ctx: int = 0  # tokens; 0 = the model's own, at most `DEFAULT_MAX_CTX`
+    n_batch: int = 512  # most tokens of a prompt computed at once
+    n_threads: int = 0  # 0 = one per physical core
+    n_threads_batch: int = 0  # 0 = the same as n_threads
+    cache_type_k: str = "f16"  # f16 or q8_0
+    cache_type_v: str = "f16"
+    context_shift: bool = False  # when the context is full drop the oldest half, not an error
+    n_keep: int = 0  # tokens at the start that a context shift keeps
+
+
+DEFAULT_SAMPLERS = (
+    "penalties",
+    "dry",
+    "top_n_sigma",
+    "top_k",
+    "typ_p",
+    "top_p",
+    "min_p",
+    "xtc",
+    "temperature",
+)
+
+
+@dataclass(frozen=True)
+class SamplingConfig:
+    """llama.cpp's sampler parameters under llama.cpp's names and with its defaults."""
+
+    seed: int = -1  # -1 = a new one each time
+    temperature: float = 0.8
+    top_k: int = 40
+    top_p: float = 0.95
+    min_p: float = 0.05
+    typical_p: float = 1.0
+    top_n_sigma: float = -1.0  # 0 or less = off
+    repeat_last_n: int = 64  # tokens, -1 = the whole context
+    repeat_penalty: float = 1.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    dry_multiplier: float = 0.0
+    dry_base: float = 1.75
+    dry_allowed_length: int = 2
+    dry_penalty_last_n: int = 64  # tokens, -1 = the whole context
+    dry_sequence_breakers: tuple[str, ...] = ("\n", ":", '"', "*")
+    xtc_probability: float = 0.0
+    xtc_threshold: float = 0.1
+    dynatemp_range: float = 0.0
+    dynatemp_exponent: float = 1.0
+    samplers: tuple[str, ...] = DEFAULT_SAMPLERS  # in this order; not used with mirostat
+    mirostat: int = 0  # 0 off, 1 or 2 = the version
+    mirostat_lr: float = 0.1
+    mirostat_ent: float = 5.0
+    grammar: str = ""  # GBNF
+    json_schema: str = ""  # JSON schema as text; turned into a grammar
+    ignore_eos: bool = False
+
+
+@dataclass(frozen=True)
+class GenerateRequest:
+    """One answer to make: either chat `messages` (template applied) or a raw `prompt`."""
+
+    messages: tuple[dict[str, str], ...] = ()  # {"role": system|user|assistant, "content": text}
+    prompt: str | None = None
+    n_predict: int = -1  # tokens; -1 = until the model stops or the context is full
+    sampling: SamplingConfig = field(default_factory=SamplingConfig)
+
+
+DEFAULT_MAX_CTX = 8192  # without -c a model with a longer context gets this one, and it is said

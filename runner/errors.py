@@ -1,0 +1,44 @@
+"""The errors a user can cause while running a model, and how they cross the process boundary."""
+
+from quant.errors import BackendError, BuddyrunError, GGUFError
+
+__all__ = [
+    "BackendError",
+    "BuddyrunError",
+    "CancelledError",
+    "ContextFullError",
+    "GGUFError",
+    "InternalError",
+    "ModelError",
+    "OptionError",
+    "TemplateError",
+    "WorkerDiedError",
+]
+
+
+class ModelError(BuddyrunError):
+    """The file is a valid GGUF, but its model cannot be run: wrong keys, shapes or architecture."""
+
+
+class OptionError(BuddyrunError):
+    """A setting has a value that cannot work; the message names the setting and its range."""
+
+
+class ContextFullError(BuddyrunError):
+    """The prompt, or prompt and answer together, do not fit the context; carries token counts."""
+
+
+class TemplateError(BuddyrunError):
+    """The chat template failed, took too long or refused the conversation."""
+
+
+class WorkerDiedError(BuddyrunError):
+    """The engine's process ended by itself; the message says why in plain words."""
+
+
+class CancelledError(Exception):
+    """The user stopped a computation; not an error, and never shown."""
+
+
+class InternalError(BuddyrunError):
+    """A mistake in buddyrun itself, met in the engine's process; the trace is in its log."""

@@ -1,0 +1,54 @@
+"""Keeps the graphs of recent batch shapes; all share one piece of compute memory."""
+
+from collections import OrderedDict
+
+from quant.ggml import GraphAllocator
+from runner.batch_graph import BatchGraph, BatchShape, EngineParts
+
+_MAX_GRAPHS = 12  # the decode graph of every context block in use and a few prompt sizes
+
+
+class GraphCache:
+    """Builds a graph at first use of its shape; the least recently used shape goes first."""
+
+    def __init__(self, parts: EngineParts, largest: BatchShape) -> None:
+        self._parts = parts
+        self._graphs: OrderedDict[BatchShape, BatchGraph] = OrderedDict()
+        self._allocator = GraphAllocator(parts.backend)
+        graph = BatchGraph(parts, largest)
+        graph.reserve(self._allocator)
+        graph.close()
+
+    @property
+    def n_bytes(self) -> int:
+        """Compute memory, in bytes."""
+        return self._allocator.n_bytes
+
+    def get(self, shape: BatchShape) -> BatchGraph:
+        """The graph of this shape, ready to run."""
+        graph = self._graphs.get(shape)
+        if graph is None:
+            graph = self._add(shape)
+        self._graphs.move_to_end(shape)
+        return graph
+
+    def close(self) -> None:
+        self._drop_all()
+        self._allocator.close()
+
+    def _add(self, shape: BatchShape) -> BatchGraph:
+        while len(self._graphs) >= _MAX_GRAPHS:
+            self._graphs.popitem(last=False)[1].close()
+        graph = BatchGraph(self._parts, shape)
+        before = self._allocator.n_bytes
+        graph.reserve(self._allocator)
+        if self._allocator.n_bytes != before:
+            self._drop_all()  # the memory moved: their addresses are void
+        graph.lay_out(self._allocator)
+        self._graphs[shape] = graph
+        return graph
+
+    def _drop_all(self) -> None:
+        for graph in self._graphs.values():
+            graph.close()
+        self._graphs.clear()

@@ -1,0 +1,164 @@
+"""The `llama` architecture (Mixtral, and dense Llama) as pieces of a graph. Holds no state.
+
+Shapes are in ggml's order. Each function adds its operations to `g`; the residual stream lives in
+memory of its own between the pieces, and every piece adds to it in place.
+"""
+
+from dataclasses import dataclass
+
+from quant.ggml import Tensor
+from quant.graph import Graph
+from runner.model_config import ModelConfig
+from runner.weights import ExpertSlabs, LayerWeights, Weights
+
+_ROPE_NORM = 0  # rotates neighbouring pairs; the files' q and k are permuted for it
+_SMALLEST_WEIGHT_SUM = 6.103515625e-5  # the smallest float16; keeps the division finite
+
+
+@dataclass(frozen=True)
+class BatchTensors:
+    """One batch's inputs, as views of the device state."""
+
+    tokens: Tensor  # (n_tokens) int32
+    positions: Tensor  # (n_tokens) int32
+    cells: Tensor  # (n_tokens) int64, where K and V are stored
+    mask: Tensor  # (n_kv, n_tokens) float16
+    output_ids: Tensor | None  # (n_outputs) int32, the tokens whose logits are wanted; None = all
+    residual: Tensor  # (n_embd, n_tokens) float32
+
+
+@dataclass(frozen=True)
+class RouterTensors:
+    """What leaves the router; views of the device state."""
+
+    ffn_input: Tensor  # (n_embd, n) float32, the normalised input of the experts
+    expert_ids: Tensor  # (n_expert_used, n) int32
+    weights: Tensor  # (n_expert_used, n) float32
+    scores: Tensor  # (n_expert, n) float32
+
+
+def embed(g: Graph, weights: Weights, batch: BatchTensors) -> Tensor:
+    """tokens -> residual (n_embd, n_tokens)."""
+    return g.copy(g.get_rows(weights.token_embd, batch.tokens), batch.residual)
+
+
+def attention(
+    g: Graph, config: ModelConfig, weights: Weights, layer: int, k: Tensor, v: Tensor,
+    batch: BatchTensors, residual: Tensor,
+) -> Tensor:  # fmt: skip
+    """residual += attention(norm(residual)); k and v are this layer's cache."""
+    w = weights.layers[layer]
+    n_tokens = residual.shape[1]
+    x = g.rms_norm(residual, w.attn_norm, config.norm_rms_eps)
+    head, n_head, n_head_kv = config.n_embd_head, config.n_head, config.n_head_kv
+    q_heads = g.reshape_3d(_linear(g, w.attn_q, x, w.attn_q_bias), head, n_head, n_tokens)
+    k_heads = g.reshape_3d(_linear(g, w.attn_k, x, w.attn_k_bias), head, n_head_kv, n_tokens)
+    v_rows = _linear(g, w.attn_v, x, w.attn_v_bias)
+    q_heads = rope(g, config, q_heads, batch.positions, weights.rope_factors)
+    k_heads = rope(g, config, k_heads, batch.positions, weights.rope_factors)
+    k_rows = g.reshape_2d(k_heads, head * n_head_kv, n_tokens)
+    g.expand(g.set_rows(k, k_rows, batch.cells))
+    g.expand(g.set_rows(v, v_rows, batch.cells))
+    n_kv = batch.mask.shape[0]
+    out = g.flash_attention(
+        g.permute(q_heads, (0, 2, 1, 3)),
+        _heads_of_cache(g, k, head, n_head_kv, n_kv),
+        _heads_of_cache(g, v, head, n_head_kv, n_kv),
+        batch.mask,
+        config.attention_scale,
+    )
+    out = g.reshape_2d(out, head * n_head, n_tokens)
+    out = _linear(g, w.attn_output, out, w.attn_output_bias)
+    if layer == config.n_layer - 1 and batch.output_ids is not None:
+        return _add_outputs_only(g, out, residual, batch.output_ids)
+    return g.expand(g.add_inplace(residual, out))
+
+
+def rope(
+    g: Graph, config: ModelConfig, heads: Tensor, positions: Tensor, factors: Tensor | None
+) -> Tensor:
+    """Rotary position embedding of heads (n_embd_head, n_head, n_tokens)."""
+    r = config.rope
+    return g.rope(
+        heads, positions, factors,
+        (r.n_rot, _ROPE_NORM, r.n_ctx_orig, r.freq_base, r.freq_scale,
+         r.ext_factor, r.attn_factor, r.beta_fast, r.beta_slow),
+    )  # fmt: skip
+
+
+def route(
+    g: Graph, config: ModelConfig, w: LayerWeights, residual: Tensor, out: RouterTensors
+) -> None:
+    """Router: softmax over all experts, top-k, weights of the chosen normalised to sum 1.
+
+    The order of operations is llama.cpp's, so that its rounding is too.
+    """
+    assert w.ffn_gate_inp is not None
+    n, k = residual.shape[1], config.n_expert_used
+    x = g.rms_norm(residual, w.ffn_norm, config.norm_rms_eps)
+    g.copy(x, out.ffn_input)
+    logits = g.mul_mat(w.ffn_gate_inp, x)
+    g.copy(logits, out.scores)
+    probabilities = g.soft_max(logits)
+    ids = g.top_k(probabilities, k)
+    chosen = g.get_rows(g.reshape_3d(probabilities, 1, config.n_expert, n), ids)  # (1, k, n)
+    chosen = g.reshape_2d(chosen, k, n)
+    total = g.clamp(g.sum_rows(chosen), _SMALLEST_WEIGHT_SUM, float("inf"))
+    normalised = g.div(chosen, total)
+    if config.expert_weights_scale not in (0.0, 1.0):
+        normalised = g.scale(normalised, config.expert_weights_scale)
+    g.copy(ids, out.expert_ids)
+    g.copy(normalised, out.weights)
+
+
+def experts(
+    g: Graph, slabs: ExpertSlabs, ffn_input: Tensor, slot_ids: Tensor, weights: Tensor,
+    residual: Tensor,
+) -> Tensor:  # fmt: skip
+    """residual += sum over k of weights[k] * expert in slot_ids[k]; slot_ids, weights (k, n)."""
+    n_embd, n = residual.shape[:2]
+    k = slot_ids.shape[0]
+    x = g.reshape_3d(ffn_input, n_embd, 1, n)
+    up = g.mul_mat_id(slabs.ffn_up_exps, x, slot_ids)  # (n_ff_exp, k, n)
+    gate = g.mul_mat_id(slabs.ffn_gate_exps, x, slot_ids)
+    down = g.mul_mat_id(slabs.ffn_down_exps, g.swiglu(gate, up), slot_ids)  # (n_embd, k, n)
+    down = g.expand(g.mul(down, g.reshape_3d(weights, 1, k, n)))
+    parts = [g.view_2d(down, n_embd, n, down.strides[2], i * down.strides[1]) for i in range(k)]
+    total = parts[0]
+    for part in parts[1:]:
+        total = g.add(total, part)
+    return g.expand(g.add_inplace(residual, total))
+
+
+def dense_ffn(g: Graph, config: ModelConfig, w: LayerWeights, residual: Tensor) -> Tensor:
+    """residual += the feed-forward network of a layer without experts."""
+    assert w.ffn_gate is not None and w.ffn_up is not None and w.ffn_down is not None
+    x = g.rms_norm(residual, w.ffn_norm, config.norm_rms_eps)
+    up = _linear(g, w.ffn_up, x, w.ffn_up_bias)
+    gate = _linear(g, w.ffn_gate, x, w.ffn_gate_bias)
+    down = _linear(g, w.ffn_down, g.swiglu(gate, up), w.ffn_down_bias)
+    return g.expand(g.add_inplace(residual, down))
+
+
+def head(g: Graph, config: ModelConfig, weights: Weights, residual: Tensor) -> Tensor:
+    """residual (n_embd, n) -> logits (n_vocab, n)."""
+    x = g.rms_norm(residual, weights.output_norm, config.norm_rms_eps)
+    return g.output(g.mul_mat(weights.output, x))
+
+
+def _linear(g: Graph, weight: Tensor, x: Tensor, bias: Tensor | None) -> Tensor:
+    y = g.mul_mat(weight, x)
+    return g.add(y, bias) if bias is not None else y
+
+
+def _heads_of_cache(g: Graph, cache: Tensor, head: int, n_head: int, n_kv: int) -> Tensor:
+    """Rows of all heads (head * n_head, n_cells) -> (head, n_kv, n_head), without a copy."""
+    row_bytes = cache.strides[1]
+    heads = g.view_3d(cache, (head, n_head, n_kv), (row_bytes // n_head, row_bytes))
+    return g.permute(heads, (0, 2, 1, 3))
+
+
+def _add_outputs_only(g: Graph, out: Tensor, residual: Tensor, output_ids: Tensor) -> Tensor:
+    """Behind the last attention only the wanted tokens go on; they move to the front."""
+    wanted = g.add(g.get_rows(out, output_ids), g.get_rows(residual, output_ids))
+    return g.copy(wanted, g.first_rows(residual, output_ids.shape[0]))

@@ -1,0 +1,219 @@
+"""The tensors of a model: which must be there, their shapes, types, ranges and sizes."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from quant.ggml_types import GGML_TYPES_BY_NAME
+from quant.gguf_cursor import shown
+from quant.gguf_file import ByteRange, GGUFFile, TensorInfo
+from runner.errors import ModelError
+
+if TYPE_CHECKING:
+    from runner.model_config import ModelConfig
+
+F32_ONLY = frozenset({"F32"})
+# ggml's mul_mat and get_rows take every type but plain integers, doubles and activation formats.
+MATRIX_TYPES = frozenset(GGML_TYPES_BY_NAME) - {"I8", "I16", "I32", "I64", "F64", "Q8_1", "Q8_K"}
+
+_PROJECTIONS = ("gate", "up", "down")
+
+
+@dataclass(frozen=True)
+class ExpertRanges:
+    """Where the three matrices of one expert lie."""
+
+    gate: ByteRange
+    up: ByteRange
+    down: ByteRange
+
+    @property
+    def n_bytes(self) -> int:
+        return self.gate.n_bytes + self.up.n_bytes + self.down.n_bytes
+
+
+@dataclass(frozen=True)
+class ModelSizes:
+    """How large the parts of a model are."""
+
+    n_params: int
+    n_params_active: int  # used for one token
+    expert_bytes: tuple[int, ...]  # of one expert, per layer; empty in a dense model
+    all_experts_bytes: int
+    non_expert_bytes: int
+
+
+@dataclass(frozen=True)
+class _Wanted:
+    """What a tensor must look like."""
+
+    name: str
+    shape: tuple[int, ...]
+    types: frozenset[str] = MATRIX_TYPES
+    is_optional: bool = False
+
+
+def check_tensors(file: GGUFFile, config: "ModelConfig") -> None:
+    """Raise ModelError unless the file has exactly the tensors that the model's shape asks for."""
+    known = set()
+    for wanted in _wanted_tensors(config):
+        known.add(wanted.name)
+        _check_tensor(file, wanted)
+    unknown = [name for name in file.tensors if name not in known]
+    if unknown:
+        raise ModelError(
+            f"{file.paths[0]}: found {len(unknown)} tensors that are no part of a "
+            f"{config.architecture} model of this shape, the first {shown(unknown[0])}; "
+            f"{_guess_reason(unknown[0])}"
+        )
+
+
+def check_norms(file: GGUFFile, config: "ModelConfig") -> None:
+    """Read the norms, biases and rope factors; raise ModelError for a NaN or an infinity.
+
+    Reads about 2 x n_layer x n_embd x 4 bytes with `pread`.
+    """
+    for wanted in _wanted_tensors(config):
+        if wanted.types is not F32_ONLY or wanted.name not in file.tensors:
+            continue
+        info = file.tensors[wanted.name]
+        values = np.empty(info.n_elements, np.float32)
+        file.read(info.range, values)
+        is_bad = ~np.isfinite(values)
+        if wanted.name.startswith("rope_"):
+            is_bad |= values <= 0
+        if is_bad.any():
+            at = int(is_bad.argmax())
+            raise _tensor_error(file, info, f"the value {values[at]} at index {at}", "a number")
+
+
+def expert_ranges(file: GGUFFile, config: "ModelConfig", layer: int, expert: int) -> ExpertRanges:
+    """Where the matrices of `expert` in `layer` lie, in either layout."""
+    assert 0 <= expert < config.n_expert, expert
+    gate, up, down = (
+        _expert_range(file, config, layer, expert, projection) for projection in _PROJECTIONS
+    )
+    return ExpertRanges(gate, up, down)
+
+
+def model_sizes(file: GGUFFile, config: "ModelConfig") -> ModelSizes:
+    """Count parameters and bytes."""
+    n_params = sum(tensor.n_elements for tensor in file.tensors.values())
+    n_bytes = sum(tensor.n_bytes for tensor in file.tensors.values())
+    if not config.is_moe:
+        return ModelSizes(n_params, n_params, (), 0, n_bytes)
+    expert_bytes = tuple(
+        expert_ranges(file, config, layer, 0).n_bytes for layer in range(config.n_layer)
+    )
+    n_idle = config.n_expert - config.n_expert_used
+    n_params_idle = 3 * config.n_embd * config.n_ff_exp * n_idle * config.n_layer
+    all_experts_bytes = sum(expert_bytes) * config.n_expert
+    return ModelSizes(
+        n_params,
+        n_params - n_params_idle,
+        expert_bytes,
+        all_experts_bytes,
+        n_bytes - all_experts_bytes,
+    )
+
+
+def kv_bytes_per_token(config: "ModelConfig", type_k: str = "f16", type_v: str = "f16") -> int:
+    """Bytes of keys and values of one token in all layers, for llama.cpp's cache type names."""
+    row = sum(
+        GGML_TYPES_BY_NAME[name.upper()].row_bytes(config.n_embd_kv) for name in (type_k, type_v)
+    )
+    return row * config.n_layer
+
+
+def _expert_range(
+    file: GGUFFile, config: "ModelConfig", layer: int, expert: int, projection: str
+) -> ByteRange:
+    if not config.has_merged_experts:
+        return file.tensors[f"blk.{layer}.ffn_{projection}.{expert}.weight"].range
+    merged = file.tensors[f"blk.{layer}.ffn_{projection}_exps.weight"]
+    n_bytes = merged.n_bytes // config.n_expert
+    return ByteRange(merged.shard, merged.offset + expert * n_bytes, n_bytes)
+
+
+def _wanted_tensors(config: "ModelConfig") -> Iterator[_Wanted]:
+    yield _Wanted("token_embd.weight", (config.n_embd, config.n_vocab))
+    yield _Wanted("output_norm.weight", (config.n_embd,), F32_ONLY)
+    yield _Wanted("output.weight", (config.n_embd, config.n_vocab), is_optional=True)
+    is_longrope = config.rope.scaling_type == "longrope"
+    factors = ("rope_factors_long", "rope_factors_short") if is_longrope else ("rope_freqs",)
+    for name in factors:
+        yield _Wanted(f"{name}.weight", (config.rope.n_rot // 2,), F32_ONLY, is_optional=True)
+    for layer in range(config.n_layer):
+        yield from _attention_tensors(config, f"blk.{layer}.")
+        ffn = _moe_tensors if config.is_moe else _dense_tensors
+        yield from ffn(config, f"blk.{layer}.")
+
+
+def _attention_tensors(config: "ModelConfig", p: str) -> Iterator[_Wanted]:
+    n_embd, n_q, n_kv = config.n_embd, config.n_embd_q, config.n_embd_kv
+    yield _Wanted(p + "attn_norm.weight", (n_embd,), F32_ONLY)
+    for name, n_in, n_out in (
+        ("attn_q", n_embd, n_q),
+        ("attn_k", n_embd, n_kv),
+        ("attn_v", n_embd, n_kv),
+        ("attn_output", n_q, n_embd),
+    ):
+        yield _Wanted(f"{p}{name}.weight", (n_in, n_out))
+        yield _Wanted(f"{p}{name}.bias", (n_out,), F32_ONLY, is_optional=True)
+    yield _Wanted(p + "ffn_norm.weight", (n_embd,), F32_ONLY)
+
+
+def _dense_tensors(config: "ModelConfig", p: str) -> Iterator[_Wanted]:
+    for projection in _PROJECTIONS:
+        shape = _ffn_shape(config.n_embd, config.n_ff, projection)
+        yield _Wanted(f"{p}ffn_{projection}.weight", shape)
+        yield _Wanted(f"{p}ffn_{projection}.bias", shape[1:], F32_ONLY, is_optional=True)
+
+
+def _moe_tensors(config: "ModelConfig", p: str) -> Iterator[_Wanted]:
+    yield _Wanted(p + "ffn_gate_inp.weight", (config.n_embd, config.n_expert))
+    for projection in _PROJECTIONS:
+        shape = _ffn_shape(config.n_embd, config.n_ff_exp, projection)
+        if config.has_merged_experts:
+            yield _Wanted(f"{p}ffn_{projection}_exps.weight", (*shape, config.n_expert))
+            continue
+        for expert in range(config.n_expert):
+            yield _Wanted(f"{p}ffn_{projection}.{expert}.weight", shape)
+
+
+def _ffn_shape(n_embd: int, n_ff: int, projection: str) -> tuple[int, int]:
+    return (n_ff, n_embd) if projection == "down" else (n_embd, n_ff)
+
+
+def _check_tensor(file: GGUFFile, wanted: _Wanted) -> None:
+    info = file.tensors.get(wanted.name)
+    expected = "x".join(map(str, wanted.shape))
+    if info is None:
+        if wanted.is_optional:
+            return
+        raise ModelError(
+            f"{file.paths[0]}: found no tensor {wanted.name!r}; expected one of shape {expected}"
+        )
+    # The format drops trailing dimensions of length 1, as in a model with one expert.
+    if info.shape + (1,) * (len(wanted.shape) - len(info.shape)) != wanted.shape:
+        raise _tensor_error(file, info, f"shape {'x'.join(map(str, info.shape))}", expected)
+    if info.type.name not in wanted.types:
+        types = "F32" if wanted.types is F32_ONLY else "a type that ggml can multiply"
+        raise _tensor_error(file, info, f"type {info.type.name}", types)
+
+
+def _tensor_error(file: GGUFFile, info: TensorInfo, found: str, expected: str) -> ModelError:
+    path = file.paths[info.shard]
+    return ModelError(f"{path}: tensor {shown(info.name)}: found {found}; expected {expected}")
+
+
+def _guess_reason(name: str) -> str:
+    if ".attn_qkv." in name:
+        return "attention weights fused into one tensor are not supported"
+    if "_shexp." in name:
+        return "experts shared by all tokens are not supported"
+    if name.endswith((".scale", ".input_scale")):
+        return "tensors with separate scales are not supported"
+    return "expected none: the metadata and the tensors do not belong together"

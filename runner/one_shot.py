@@ -1,0 +1,51 @@
+"""Answers one prompt and ends: for scripts and pipes. Knows no conversation and no command line."""
+
+import time
+from typing import TYPE_CHECKING, TextIO
+
+from runner.chat_view import ChatView, eight_labels, summary
+from runner.config import GenerateRequest
+from runner.protocol import GenerateResult, ModelInfo, PromptProgress, TextPiece
+from runner.terminal_text import visible
+
+if TYPE_CHECKING:
+    from runner.client import Client
+
+
+def answer_once(
+    client: "Client", request: GenerateRequest, view: ChatView, show_thinking: bool
+) -> GenerateResult:
+    """Print the answer to stdout as it is made. Raises what the client raises."""
+    printer = view.answer(show_thinking)
+    result: GenerateResult | None = None
+    try:
+        for item in client.generate(request):
+            match item:
+                case TextPiece():
+                    printer.push(item.text)
+                case PromptProgress():
+                    printer.prompt_progress(item)
+                case GenerateResult():
+                    result = item
+    finally:
+        printer.close()
+    assert result is not None, "an answer ends with its result"
+    return result
+
+
+def remarks(
+    result: GenerateResult, info: ModelInfo, began_s: float, err: TextIO, verbose: bool
+) -> None:
+    """Timings and how the answer ended, on stderr: always when asked for, else for a person."""
+    if verbose:
+        lines = list(eight_labels(result, time.monotonic() - began_s, info.load_s))
+        lines += [f"note: {note}" for note in info.notes]
+    else:
+        lines = [summary(result)] if err.isatty() else []
+    if result.stop_reason == "context":
+        lines.append(
+            f"buddyrun: the answer was cut: the context is full ({result.n_past} of"
+            f" {result.n_ctx} tokens); use a larger -c or --context-shift"
+        )
+    for line in lines:
+        print(visible(line), file=err)

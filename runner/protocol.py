@@ -1,0 +1,220 @@
+"""The messages between the terminal's process and the worker. Documented here and nowhere else.
+
+Each message is one JSON object (UTF-8) sent with `Connection.send_bytes`; nothing is pickled.
+Requests carry an `id`; every reply to a request carries the same `id`.
+
+Requests, client to worker
+
+    load      {model: path, engine: {EngineConfig fields}, chat_template: text | null}
+    generate  {request: {GenerateRequest fields}}
+    bench     {tests: [{n_prompt, n_gen}], repetitions, text: text}
+    stats     {}
+    cancel    {target: id}                     ends a running generate, bench or load early; no reply
+    shutdown  {}                               no reply; the worker exits with status 0
+
+Replies, worker to client
+
+    progress         {stage: text, done: int, total: int}        while loading, any number of times
+    loaded           {info: {ModelInfo fields}}                  ends load
+    prompt_progress  {done: int, total: int, n_cached: int}      tokens, after every prompt batch
+    text             {text: text, n_tokens: int}                 a piece of the answer; n_tokens so far
+    done             {result: {GenerateResult fields}}           ends generate
+    bench_result     {n_prompt, n_gen, samples_ns: [int]}        after every test
+    bench_done       {}                                          ends bench
+    stats            {snapshot: {StatsSnapshot fields}}          ends stats
+    error            {kind: class name in runner.errors, message: text}   ends any request
+
+A load while a model is loaded replaces it. `stats` and `cancel` are answered while a generate runs;
+a second generate, load or bench meanwhile is refused with an error. A message that cannot be read
+gets an error with the id null. A worker whose client is gone exits.
+
+Before all this the worker writes one line to its stdout, {address, authkey (hex)}: where it listens
+and the key without which `multiprocessing.connection` refuses a caller.
+"""
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, fields, is_dataclass
+from multiprocessing.connection import Connection
+from typing import Any, TypeVar, get_args, get_origin, get_type_hints
+
+from runner.config import EngineConfig, GenerateRequest
+from runner.errors import OptionError
+
+Message = dict[str, Any]
+Fields = TypeVar("Fields")
+
+MAX_MESSAGE_BYTES = 64 << 20
+
+
+@dataclass(frozen=True)
+class ModelInfo:
+    """What the client may show about a loaded model."""
+
+    path: str
+    name: str
+    description: str  # "llama 8 x 29M Q8_0" like llama.cpp's model description
+    architecture: str
+    file_type: str  # "Q8_0", "Q4_K - Medium"
+    n_params: int
+    size_bytes: int
+    n_layer: int
+    n_expert: int
+    n_expert_used: int
+    n_ctx: int
+    n_ctx_train: int
+    n_threads: int
+    n_batch: int
+    cache_type_k: str
+    cache_type_v: str
+    chat_template: str  # the template's source text
+    device: str
+    load_s: float
+    ggml_version: str
+    notes: tuple[str, ...] = ()  # things the user should know, each one sentence
+
+
+@dataclass(frozen=True)
+class GenerateResult:
+    """How one answer ended and what it cost."""
+
+    stop_reason: str  # "eos", "length", "cancelled", "context"
+    n_prompt: int  # tokens of the prompt, cached ones included
+    n_cached: int  # of these, taken from the KV cache
+    n_generated: int
+    prompt_s: float
+    generation_s: float
+    n_past: int  # tokens in the context after the answer
+    n_ctx: int
+    seed: int
+
+
+@dataclass(frozen=True)
+class PromptProgress:
+    """How far the prompt is, in tokens; `n_cached` of them were in the KV cache already."""
+
+    done: int
+    total: int
+    n_cached: int
+
+
+@dataclass(frozen=True)
+class TextPiece:
+    """The next piece of the answer; `n_tokens` made so far."""
+
+    text: str
+    n_tokens: int
+
+
+@dataclass(frozen=True)
+class BenchTest:
+    """One speed test: a prompt of `n_prompt` tokens, then `n_gen` tokens one by one."""
+
+    n_prompt: int
+    n_gen: int
+
+
+@dataclass(frozen=True)
+class BenchSample:
+    """The times of one test, one per repetition."""
+
+    n_prompt: int
+    n_gen: int
+    samples_ns: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class LoadFields:
+    """The body of a load message; `chat_template` is template text that replaces the model's."""
+
+    model: str
+    engine: EngineConfig = field(default_factory=EngineConfig)
+    chat_template: str | None = None
+
+
+@dataclass(frozen=True)
+class GenerateFields:
+    """The body of a generate message."""
+
+    request: GenerateRequest
+
+
+@dataclass(frozen=True)
+class BenchFields:
+    """The body of a bench message."""
+
+    tests: tuple[BenchTest, ...]
+    repetitions: int
+    text: str
+
+
+def encode(message: Message) -> bytes:
+    """The bytes of one message. Raises OptionError when it is larger than a worker accepts."""
+    data = json.dumps(message, default=_plain).encode()
+    if len(data) > MAX_MESSAGE_BYTES:
+        mib = len(data) >> 20
+        limit = MAX_MESSAGE_BYTES >> 20
+        raise OptionError(f"the text is too long to send: {mib} MiB; at most {limit} MiB")
+    return data
+
+
+def send(connection: Connection, message: Message) -> None:
+    """Send one message. Raises OSError when the other side is gone."""
+    connection.send_bytes(encode(message))
+
+
+def receive(connection: Connection) -> Message:
+    """Wait for one message. Raises EOFError or OSError when the other side is gone, ValueError
+    for bytes that are no message; the next one can still be received."""
+    data = connection.recv_bytes(MAX_MESSAGE_BYTES)
+    try:
+        message = json.loads(data)
+    except RecursionError as error:
+        raise ValueError("not a message: nested too deeply") from error
+    if not isinstance(message, dict) or not isinstance(message.get("type"), str):
+        raise ValueError(f"not a message: {data[:80]!r}")  # noqa: TRY004
+    return message
+
+
+def parse(cls: type[Fields], values: object) -> Fields:
+    """Make the dataclass `cls` from a received object; a field left out keeps its default.
+
+    Raises OptionError that names a field which is unknown, missing or of a wrong type.
+    """
+    if not isinstance(values, Mapping):
+        raise OptionError(f"{cls.__name__} must be an object, not {values!r:.40}")
+    types = get_type_hints(cls)
+    unknown = set(values) - set(types)
+    if unknown:
+        raise OptionError(f"{cls.__name__} has no field {', '.join(sorted(unknown))}")
+    parsed = {name: _parse_value(name, types[name], value) for name, value in values.items()}
+    try:
+        return cls(**parsed)
+    except TypeError as error:
+        missing = [f.name for f in fields(cls) if f.name not in values]  # type: ignore[arg-type]
+        raise OptionError(f"{cls.__name__} lacks a field: {', '.join(missing)}") from error
+
+
+def _parse_value(name: str, expected: Any, value: Any) -> Any:
+    if is_dataclass(expected):
+        return parse(expected, value)  # type: ignore[arg-type]
+    if get_origin(expected) is tuple and isinstance(value, list):
+        return tuple(_parse_value(name, get_args(expected)[0], item) for item in value)
+    if expected is float and type(value) is int:
+        return float(value)
+    if not _fits(expected, value):
+        raise OptionError(f"{name} must be of type {expected}, not {value!r:.40}")
+    return value
+
+
+def _fits(expected: Any, value: Any) -> bool:
+    if get_origin(expected) is dict:
+        return isinstance(value, dict) and all(
+            isinstance(key, str) and isinstance(item, str) for key, item in value.items()
+        )
+    choices = get_args(expected) or (expected,)
+    return type(value) in choices  # exact, so that a bool is no int
+
+
+def _plain(value: object) -> object:
+    return asdict(value)  # type: ignore[call-overload]

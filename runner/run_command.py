@@ -1,0 +1,185 @@
+"""The commands `run`, `demo` and `show`: from parameters to a chat, one answer or a description."""
+
+import json
+import sys
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from runner import cli_options as options
+from runner.chat_view import ChatView
+from runner.cli_options import Params
+from runner.config import GenerateRequest
+from runner.errors import BuddyrunError, OptionError
+from runner.model_path import find_model
+from runner.prompt import Prompt, join_prompt, read_pipe
+from runner.protocol import ModelInfo
+from runner.terminal_text import storable, visible
+
+if TYPE_CHECKING:
+    from runner.chat_input import Reader
+    from runner.client import Client
+    from runner.history import LineHistory
+
+Environment = Mapping[str, str]
+_DEMO_MODEL = "buddy-demo-q8_0.gguf"
+
+
+def run_model(
+    params: Params, words: list[str], environment: Environment, commands: list[str]
+) -> None:
+    """Chat with a model or answer once, as the parameters say. Raises BuddyrunError."""
+    path = find_model(storable(params["model"]), commands)
+    prompt = _prompt(params, words)
+    is_chat = _is_chat(params, prompt)
+    if not is_chat and (prompt is None or not prompt.text.strip()):
+        raise OptionError("the prompt is empty; give one with -p, as words, or through a pipe")
+    view = _view(params, environment)
+    for warning in prompt.warnings if prompt else ():
+        print(f"buddyrun: {visible(warning)}", file=sys.stderr)
+    if is_chat:
+        _chat(path, params, prompt, view, environment)
+    else:
+        assert prompt is not None
+        _answer_once(path, params, prompt.text, view)
+
+
+def show_model(model: str, as_json: bool, with_template: bool) -> None:
+    """Print what a model is. Raises BuddyrunError."""
+    from quant.gguf_file import GGUFFile
+    from runner.model_config import ModelConfig
+    from runner.show import describe, format_text
+
+    path = find_model(storable(model), [])
+    with GGUFFile.open(path) as file:
+        description = describe(file, ModelConfig.from_gguf(file), template=with_template)
+    if as_json:
+        print(json.dumps(asdict(description), indent=2))
+    else:
+        text = format_text(description)
+        print(visible(text) if sys.stdout.isatty() else text)
+
+
+def demo_model() -> Path:
+    """The demo model inside the package. Raises BuddyrunError when the installation lacks it."""
+    path = Path(__file__).parent / "demo" / _DEMO_MODEL
+    if not path.is_file():
+        raise BuddyrunError(f"this installation lacks the demo model {path}; install it again")
+    return path
+
+
+@contextmanager
+def loaded_model(
+    path: Path, params: Params, template: str | None, view: ChatView
+) -> Iterator[tuple["Client", ModelInfo]]:
+    """A client with the model loaded; the worker ends with the block."""
+    from runner.chat import progress
+    from runner.client import Client
+
+    with Client.start() as client:
+        try:
+            config = options.engine_config(params)
+            info = client.load(path, config, template, progress(view))
+        finally:
+            view.status.clear()
+        yield client, info
+
+
+def _prompt(params: Params, words: list[str]) -> Prompt | None:
+    """The prompt of the command line, a file and the pipe; None when there is none."""
+    given = [text for text in (params["prompt"], *words) if text is not None]
+    piped = None
+    if sys.stdin is not None and not sys.stdin.isatty() and params["conversation"] is not True:
+        piped = read_pipe(sys.stdin.buffer)
+    return join_prompt(piped, params["prompt_file"], " ".join(given) if given else None)
+
+
+def _is_chat(params: Params, prompt: Prompt | None) -> bool:
+    """A chat needs a person at both ends, or -cnv; a prompt means one answer, unless -cnv."""
+    if params["conversation"] is not None:
+        return bool(params["conversation"])
+    return prompt is None and sys.stdout.isatty()
+
+
+def _view(params: Params, environment: Environment) -> ChatView:
+    is_terminal = sys.stdout.isatty()
+    has_color = (
+        not params["no_color"]
+        and not environment.get("NO_COLOR")
+        and environment.get("TERM") != "dumb"
+    )
+    return ChatView(sys.stdout, sys.stderr, is_terminal, has_color)
+
+
+def _answer_once(path: Path, params: Params, prompt: str, view: ChatView) -> None:
+    from runner.one_shot import answer_once, remarks
+
+    request = _request(params, prompt)
+    template = options.chat_template(params)
+    with loaded_model(path, params, template, view) as (client, info):
+        began_s = time.monotonic()
+        result = answer_once(client, request, view, not params["hide_thinking"])
+        remarks(result, info, began_s, sys.stderr, params["verbose"])
+
+
+def _request(params: Params, prompt: str) -> GenerateRequest:
+    """The raw prompt after -no-cnv, else a chat of one message."""
+    sampling = options.sampling_config(params)
+    if params["conversation"] is False:
+        return GenerateRequest(prompt=prompt, n_predict=params["n_predict"], sampling=sampling)
+    messages = [{"role": "user", "content": prompt}]
+    if params["system_prompt"]:
+        messages.insert(0, {"role": "system", "content": storable(params["system_prompt"])})
+    return GenerateRequest(
+        messages=tuple(messages), n_predict=params["n_predict"], sampling=sampling
+    )
+
+
+def _chat(
+    path: Path, params: Params, prompt: Prompt | None, view: ChatView, environment: Environment
+) -> None:
+    from runner.chat import Chat
+    from runner.cli import version
+    from runner.conversation import ChatSettings, Conversation
+
+    settings = ChatSettings(
+        sampling=options.sampling_config(params),
+        n_predict=params["n_predict"],
+        system_prompt=storable(params["system_prompt"]),
+        show_thinking=not params["hide_thinking"],
+        verbose=params["verbose"],
+    )
+    template = options.chat_template(params)
+    with loaded_model(path, params, template, view) as (client, info):
+        view.banner(version(), info)
+        reader = _reader(params, environment)
+        chat = Chat(client, info, Conversation(settings), view, reader)
+        chat.run(prompt.text if prompt else "", params["single_turn"])
+
+
+def _reader(params: Params, environment: Environment) -> "Reader":
+    from runner.chat_commands import complete
+    from runner.chat_input import EditingReader, PlainReader
+
+    history = _history(params, environment)
+    is_person = sys.stdin is not None and sys.stdin.isatty()
+    if params["simple_io"] or not is_person or not sys.stdout.isatty():
+        return PlainReader(history, shows_prompt=is_person and sys.stdout.isatty())
+    if environment.get("TERM", "dumb" if sys.platform != "win32" else "") in ("dumb", "unknown"):
+        return PlainReader(history)
+    return EditingReader(history, complete)
+
+
+def _history(params: Params, environment: Environment) -> "LineHistory":
+    from runner.history import LineHistory, default_history_path
+
+    # An empty twin means "keep none"; click takes an empty one for unset.
+    chosen = params["history"]
+    if chosen is None:
+        chosen = environment.get("BUDDYRUN_HISTORY")
+    if chosen is None:
+        return LineHistory(default_history_path(environment, sys.platform == "win32"))
+    return LineHistory(Path(chosen).expanduser() if chosen else None)

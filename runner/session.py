@@ -1,0 +1,292 @@
+"""A loaded model as the worker uses it: messages in, pieces of text out. Knows no socket."""
+
+import re
+import time
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+
+from runner.chat_template import ChatTemplate
+from runner.config import EngineConfig, GenerateRequest
+from runner.engine import Engine
+from runner.errors import CancelledError, OptionError
+from runner.protocol import (
+    BenchSample,
+    BenchTest,
+    GenerateResult,
+    ModelInfo,
+    PromptProgress,
+    TextPiece,
+)
+from runner.sampler import Sampler
+from runner.stats import StatsSnapshot
+from runner.tokenizer import Tokenizer
+
+Cancelled = Callable[[], bool]
+Emit = Callable[[TextPiece | PromptProgress], None]
+
+_EXPERT_TENSOR = re.compile(r"blk\.\d+\.ffn_(gate|up|down)(_exps|\.\d+)\.")
+
+
+@dataclass(frozen=True)
+class LoadedModel:
+    """What belongs to one model; closed together."""
+
+    engine: Engine
+    tokenizer: Tokenizer
+    template: ChatTemplate
+    owners: ExitStack
+
+
+class Session:
+    """At most one loaded model, and the conversations with it."""
+
+    def __init__(self) -> None:
+        self._model: LoadedModel | None = None
+
+    def load(
+        self,
+        path: str,
+        config: EngineConfig,
+        chat_template: str | None,
+        on_progress: Callable[[str, int, int], None],
+        cancelled: Cancelled,
+    ) -> ModelInfo:
+        """Load a model in the place of any other; the file is checked before native code sees it.
+
+        Raises BuddyrunError, or CancelledError; then no model is loaded.
+        """
+        started = time.perf_counter()
+        self.close()
+        with ExitStack() as owners:
+            engine = Engine(path, config, on_progress, cancelled)
+            owners.callback(engine.close)
+            tokenizer = owners.enter_context(Tokenizer(engine.file.paths[0]))
+            source = tokenizer.chat_template if chat_template is None else chat_template
+            template = ChatTemplate(source, tokenizer.bos_text, tokenizer.eos_text)
+            self._model = LoadedModel(engine, tokenizer, template, owners.pop_all())
+        return _describe(path, self._model, time.perf_counter() - started)
+
+    def close(self) -> None:
+        """Free the model."""
+        model, self._model = self._model, None
+        if model is not None:
+            model.owners.close()
+
+    def snapshot(self) -> StatsSnapshot:
+        """The engine's counters; from any thread."""
+        return self._loaded().engine.snapshot()
+
+    def generate(
+        self, request: GenerateRequest, emit: Emit, cancelled: Cancelled
+    ) -> GenerateResult:
+        """Make one answer and emit it as it comes.
+
+        Raises OptionError, TemplateError, ContextFullError.
+        """
+        model = self._loaded()
+        tokens = _prompt_tokens(model, request)
+        with Sampler(model.tokenizer, request.sampling, tokens) as sampler:
+            return Answer(model, request, emit).make(tokens, sampler, cancelled)
+
+    def bench(
+        self,
+        tests: Sequence[BenchTest],
+        repetitions: int,
+        text: str,
+        emit: Callable[[BenchSample], None],
+        cancelled: Cancelled,
+    ) -> None:
+        """Time each test `repetitions` times on the tokens of `text`, repeated when too short.
+
+        As llama-bench does: the context is empty before each run, a warm-up run comes first, and
+        neither tokenization nor sampling counts. Cancelled, it returns early.
+        """
+        model = self._loaded()
+        if repetitions < 1:
+            raise OptionError(f"-r {repetitions}: expected at least 1 repetition")
+        for test in tests:
+            _check_test(test, model.engine.n_ctx)
+        try:
+            for test in tests:
+                tokens = _text_tokens(model.tokenizer, text, test.n_prompt + test.n_gen)
+                emit(_measure(model.engine, test, tokens, repetitions, cancelled))
+        except CancelledError:
+            pass
+        finally:
+            model.engine.reset()
+
+    def _loaded(self) -> LoadedModel:
+        if self._model is None:
+            raise OptionError("no model is loaded")
+        return self._model
+
+
+class Answer:
+    """One answer while it is made: the text that came and the time it took."""
+
+    def __init__(self, model: LoadedModel, request: GenerateRequest, emit: Emit) -> None:
+        self._model = model
+        self._emit = emit
+        self._n_predict = request.n_predict
+        continues_text = request.prompt is not None
+        self._detokenizer = model.tokenizer.detokenizer(keep_leading_space=continues_text)
+        self._n_cached = 0
+        self._n_generated = 0
+        self._prompt_end = time.perf_counter()
+
+    def make(self, tokens: list[int], sampler: Sampler, cancelled: Cancelled) -> GenerateResult:
+        """Generate to the end; the text goes to `emit`, what it cost is returned."""
+        started = time.perf_counter()
+        stop_reason = self._generate(tokens, sampler, cancelled)
+        self._emit_text(self._detokenizer.flush())
+        return GenerateResult(
+            stop_reason=stop_reason,
+            n_prompt=len(tokens),
+            n_cached=self._n_cached,
+            n_generated=self._n_generated,
+            prompt_s=self._prompt_end - started,
+            generation_s=time.perf_counter() - self._prompt_end,
+            n_past=self._model.engine.n_past,
+            n_ctx=self._model.engine.n_ctx,
+            seed=sampler.seed,
+        )
+
+    def _generate(self, tokens: list[int], sampler: Sampler, cancelled: Cancelled) -> str:
+        steps = self._model.engine.generate(
+            tokens,
+            sampler.sample,
+            self._n_predict,
+            self._model.tokenizer.is_end_of_generation,
+            cancelled,
+            self._on_prompt,
+        )
+        stop_reason = "length"  # also when no token was asked for
+        for step in steps:
+            stop_reason = step.stop_reason or stop_reason
+            if step.token >= 0 and step.stop_reason != "eos":
+                self._n_generated += 1
+                self._emit_text(self._detokenizer.push(step.token))
+        return stop_reason
+
+    def _on_prompt(self, done: int, total: int, n_cached: int) -> None:
+        self._n_cached = n_cached
+        self._prompt_end = time.perf_counter()
+        self._emit(PromptProgress(done, total, n_cached))
+
+    def _emit_text(self, text: str) -> None:
+        if text:
+            self._emit(TextPiece(text, self._n_generated))
+
+
+def _prompt_tokens(model: LoadedModel, request: GenerateRequest) -> list[int]:
+    text = request.prompt
+    if text is None:
+        if not request.messages:
+            raise OptionError("there is nothing to answer: no message and no prompt")
+        for message in request.messages:
+            if not {"role", "content"} <= message.keys():
+                raise OptionError("a message must have a role and a content")
+        text = model.template.render(request.messages)
+    if not text:
+        raise OptionError("the prompt is empty")
+    return model.tokenizer.tokenize(text, add_special=True, parse_special=True)
+
+
+def _check_test(test: BenchTest, n_ctx: int) -> None:
+    n_tokens = test.n_prompt + test.n_gen
+    if test.n_prompt < 0 or test.n_gen < 0 or n_tokens == 0:
+        raise OptionError(f"-p {test.n_prompt} -n {test.n_gen}: expected at least 1 token in all")
+    if n_tokens > n_ctx:
+        raise OptionError(
+            f"-p {test.n_prompt} -n {test.n_gen}: {n_tokens} tokens do not fit the context of"
+            f" {n_ctx}; use a larger -c"
+        )
+
+
+def _text_tokens(tokenizer: Tokenizer, text: str, n_tokens: int) -> list[int]:
+    """The first `n_tokens` tokens of the text, with BOS if the model wants it."""
+    tokens = tokenizer.tokenize(text, add_special=True, parse_special=False)
+    again = tokenizer.tokenize(text, add_special=False, parse_special=False)
+    if not again:
+        raise OptionError("the text to measure with is empty")
+    while len(tokens) < n_tokens:
+        tokens += again
+    return tokens[:n_tokens]
+
+
+def _measure(
+    engine: Engine, test: BenchTest, tokens: list[int], repetitions: int, cancelled: Cancelled
+) -> BenchSample:
+    _run_test(engine, BenchTest(test.n_prompt, min(test.n_gen, 1)), tokens, cancelled)  # warm-up
+    samples_ns = []
+    for _ in range(repetitions):
+        samples_ns.append(_run_test(engine, test, tokens, cancelled))
+    return BenchSample(test.n_prompt, test.n_gen, tuple(samples_ns))
+
+
+def _run_test(engine: Engine, test: BenchTest, tokens: list[int], cancelled: Cancelled) -> int:
+    """The nanoseconds that the test takes from an empty context."""
+    engine.reset()
+    start = time.perf_counter_ns()
+    if test.n_prompt:
+        engine.prefill(tokens[: test.n_prompt], cancelled)
+    for token in tokens[test.n_prompt : test.n_prompt + test.n_gen]:
+        if cancelled():
+            raise CancelledError
+        engine.decode(token)
+    return time.perf_counter_ns() - start
+
+
+def _describe(path: str, model: LoadedModel, load_s: float) -> ModelInfo:
+    engine, config = model.engine, model.engine.model_config
+    return ModelInfo(
+        path=path,
+        name=config.name,
+        description=f"{config.architecture} {_size_label(engine)} {config.file_type}",
+        architecture=config.architecture,
+        file_type=config.file_type,
+        n_params=_n_params(engine, is_expert=False) + _n_params(engine, is_expert=True),
+        size_bytes=sum(tensor.n_bytes for tensor in engine.file.tensors.values()),
+        n_layer=config.n_layer,
+        n_expert=config.n_expert,
+        n_expert_used=config.n_expert_used,
+        n_ctx=engine.n_ctx,
+        n_ctx_train=config.n_ctx_train,
+        n_threads=engine.n_threads,
+        n_batch=engine.config.n_batch,
+        cache_type_k=engine.config.cache_type_k,
+        cache_type_v=engine.config.cache_type_v,
+        chat_template=model.template.source,
+        device=engine.device_name,
+        load_s=load_s,
+        ggml_version=engine.ggml_version,
+        notes=engine.notes + config.notes,
+    )
+
+
+def _size_label(engine: Engine) -> str:
+    """The usual name of the size, "8x7B": with experts, what one dense model of them would have."""
+    label = engine.file.metadata.get("general.size_label")
+    if isinstance(label, str) and re.fullmatch(r"[\w.]{1,16}", label):
+        return label
+    n_expert = engine.model_config.n_expert
+    n_params = _n_params(engine, is_expert=False)
+    if not n_expert:
+        return _short(n_params)
+    return f"{n_expert}x{_short(n_params + _n_params(engine, is_expert=True) // n_expert)}"
+
+
+def _n_params(engine: Engine, is_expert: bool) -> int:
+    total = 0
+    for name, tensor in engine.file.tensors.items():
+        if bool(_EXPERT_TENSOR.match(name)) == is_expert:
+            n = 1
+            for length in tensor.shape:
+                n *= length
+            total += n
+    return total
+
+
+def _short(n: int) -> str:
+    return f"{n / 1e9:.1f}B" if n >= 1e9 else f"{n / 1e6:.1f}M"

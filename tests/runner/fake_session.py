@@ -1,0 +1,128 @@
+"""A session without a model for tests of the process boundary: a request's prompt says what to do."""
+
+import hashlib
+import mmap
+import os
+import sys
+import threading
+from dataclasses import dataclass
+from pathlib import Path
+
+from runner.errors import CancelledError, ContextFullError, ModelError
+from runner.protocol import BenchSample, GenerateResult, ModelInfo, PromptProgress, TextPiece
+
+
+@dataclass(frozen=True)
+class FakeSnapshot:
+    n_generated: int
+
+
+class FakeSession:
+    """Does what `runner.session.Session` does, by script."""
+
+    def __init__(self):
+        self.n_generated = 0
+        self.path = ""
+
+    def load(self, path, config, chat_template, on_progress, cancelled):
+        on_progress("weights", 1, 2)
+        if "hang" in path:
+            wait_for(cancelled)
+            raise CancelledError
+        if "abort" in path:
+            die("ggml.c:7: GGML_ASSERT(n_loaded == 1) failed")
+        if not Path(path).exists():
+            raise ModelError(f"{path}: no such file")
+        self.path = path
+        on_progress("weights", 2, 2)
+        text = chat_template or "built in"
+        return ModelInfo(
+            path=path, name="Fake", description="fake", architecture="llama", file_type="F16",
+            n_params=1, size_bytes=2, n_layer=3, n_expert=4, n_expert_used=2, n_ctx=config.n_ctx,
+            n_ctx_train=5, n_threads=1, n_batch=config.n_batch, cache_type_k="f16",
+            cache_type_v="f16", chat_template=text, device="CPU", load_s=0.5, ggml_version="0",
+            notes=("a note",),
+        )  # fmt: skip
+
+    def generate(self, request, emit, cancelled):
+        action, _, argument = (request.prompt or "").partition(" ")
+        if action == "count":
+            return self.count(int(argument), emit, cancelled)
+        if action == "forever":
+            return self.count(10**9, emit, cancelled)
+        if action == "read":
+            return self.read_prompt(emit, cancelled)
+        if action == "messages":
+            emit(TextPiece(request.messages[-1]["content"], 1))
+            return result("eos", 1)
+        return misbehave(action, self.path)
+
+    def count(self, n, emit, cancelled):
+        for number in range(n):
+            if cancelled():
+                return result("cancelled", number)
+            self.n_generated = number + 1
+            emit(TextPiece(f"{number} ", number + 1))
+        return result("length", n)
+
+    def read_prompt(self, emit, cancelled):
+        emit(PromptProgress(512, 4096, 0))
+        wait_for(cancelled)
+        return result("cancelled", 0)
+
+    def bench(self, tests, repetitions, text, emit, cancelled):
+        for test in tests:
+            samples = tuple(len(text) + number for number in range(repetitions))
+            emit(BenchSample(test.n_prompt, test.n_gen, samples))
+
+    def snapshot(self):
+        if not self.path:
+            raise ModelError("no model is loaded")
+        return FakeSnapshot(self.n_generated)
+
+
+def result(reason, n):
+    return GenerateResult(reason, 3, 1, n, 0.25, 0.5, 3 + n, 64, 7)
+
+
+def wait_for(cancelled):
+    pause = threading.Event()
+    while not cancelled():
+        pause.wait(0.005)
+
+
+def die(line):
+    print(line, file=sys.stderr, flush=True)
+    os.abort()
+
+
+def misbehave(action, path):
+    match action:
+        case "full":
+            raise ContextFullError("9000 tokens do not fit 8192")
+        case "bug":
+            raise KeyError("blk.0")
+        case "memory":
+            raise MemoryError
+        case "print":
+            os.write(1, b"native code prints to stdout\n" * 10_000)
+            return result("eos", 0)
+        case "abort":
+            die("ggml.c:42: GGML_ASSERT(ne0 == 64) failed")
+        case "bad_alloc":
+            print(
+                "terminate called after throwing an instance of 'std::bad_alloc'", file=sys.stderr
+            )
+            die("  what():  std::bad_alloc")
+        case "native":  # computes for minutes in native code and never asks whether it is cancelled
+            hashlib.pbkdf2_hmac("sha256", b"a", b"b", 10**9)
+        case "truncate":
+            with open(path, "r+b") as file:
+                view = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+                file.truncate(0)
+            view[8192]
+        case "exit":
+            print("the last line on stderr", file=sys.stderr, flush=True)
+            os._exit(3)
+        case _:
+            raise AssertionError(f"no such action: {action}")

@@ -1,0 +1,249 @@
+"""The chat loop with a scripted client: what is printed, kept and sent."""
+
+import io
+import signal
+from dataclasses import replace
+
+import pytest
+
+from runner.chat import HOW_TO_LEAVE
+from runner.chat_view import ChatView
+from runner.config import SamplingConfig
+from runner.conversation import ChatSettings
+from runner.errors import (
+    CancelledError,
+    ContextFullError,
+    GGUFError,
+    TemplateError,
+    WorkerDiedError,
+)
+from runner.interrupts import SecondInterrupt
+from runner.protocol import PromptProgress
+from tests.runner.chat_fakes import INFO, ScriptedChat, press_ctrl_c, result
+
+
+def test_an_answer_streams_and_ends_with_speeds_and_context_use() -> None:
+    chat = ScriptedChat(["hi"], [["Hel", "lo."]])
+    assert chat.run() == "Hello.\n[ Prompt: 41.2 t/s | Generation: 9.8 t/s | ctx 1.2k/8k ]\n"
+    assert chat.contents == ["hi", "Hello."]
+
+
+def test_every_turn_sends_the_whole_conversation_and_the_settings() -> None:
+    settings = ChatSettings(SamplingConfig(seed=3), n_predict=9, system_prompt="Be brief.")
+    chat = ScriptedChat(["one", "two"], [["1"], ["2"]], settings=settings)
+    chat.run()
+    last = chat.client.requests[-1]
+    assert [(m["role"], m["content"]) for m in last.messages] == [
+        ("system", "Be brief."), ("user", "one"), ("assistant", "1"), ("user", "two"),
+    ]  # fmt: skip
+    assert (last.n_predict, last.sampling.seed, last.prompt) == (9, 3, None)
+
+
+def test_ctrl_c_stops_the_answer_and_keeps_the_partial_text() -> None:
+    chat = ScriptedChat(["hi"], [["par", press_ctrl_c, "never printed"]])
+    printed = chat.run()
+    assert chat.contents == ["hi", "par"]
+    assert "par\n" in printed and "never" not in printed
+    assert "| stopped ]" in printed
+
+
+def test_ctrl_c_while_the_prompt_is_read_takes_the_message_back() -> None:
+    chat = ScriptedChat(["hi", "/regen"], [[PromptProgress(1, 9, 0), press_ctrl_c], ["yes"]])
+    printed = chat.run()
+    assert "Stopped before the first word" in printed
+    assert chat.contents == ["hi", "yes"]
+    assert chat.client.requests[0].messages == chat.client.requests[1].messages
+
+
+def test_a_second_ctrl_c_in_the_same_answer_leaves_at_once() -> None:
+    def press_twice() -> None:
+        press_ctrl_c()
+        press_ctrl_c()
+
+    chat = ScriptedChat(["hi"], [["par", press_twice]])
+    with pytest.raises(SecondInterrupt):
+        chat.run()
+    assert chat.out.getvalue().endswith("par\n")
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+def test_ctrl_c_at_an_empty_prompt_says_how_to_leave() -> None:
+    chat = ScriptedChat([KeyboardInterrupt(), "hi"], [["yes"]])
+    assert chat.run().startswith(HOW_TO_LEAVE + "\nyes\n")
+
+
+@pytest.mark.parametrize("line", ["/bye", "/exit", "/quit", " /bye "])
+def test_bye_leaves(line: str) -> None:
+    chat = ScriptedChat([line, "never sent"])
+    chat.run()
+    assert chat.client.requests == []
+
+
+@pytest.mark.parametrize("line", ["", "   ", "\n"])
+def test_an_empty_line_sends_nothing(line: str) -> None:
+    chat = ScriptedChat([line])
+    assert chat.run() == ""
+    assert chat.client.requests == []
+
+
+@pytest.mark.parametrize("line", ["/nothing", "/usr/bin/ls", "/ hi", "/Set temp 1", "/set\x1b[2J"])
+def test_an_unknown_command_is_refused_and_never_sent(line: str) -> None:
+    chat = ScriptedChat([line])
+    printed = chat.run()
+    assert "There is no command" in printed and "\x1b" not in printed
+    assert chat.client.requests == []
+
+
+def test_two_slashes_send_a_message_that_begins_with_one() -> None:
+    chat = ScriptedChat(["//etc is what?"], [["a folder"]])
+    chat.run()
+    assert chat.contents[0] == "/etc is what?"
+
+
+def test_quoted_lines_are_sent_without_the_quotes() -> None:
+    chat = ScriptedChat(['"""\nline 1\n  line 2\n"""'], [["ok"]])
+    chat.run()
+    assert chat.contents[0] == "line 1\n  line 2"
+
+
+def test_escape_sequences_of_a_model_are_shown_not_obeyed() -> None:
+    chat = ScriptedChat(["hi"], [["\x1b", "[2Jx\u202e", "y\r"]])
+    assert chat.run().startswith("␛[2Jx<U+202E>y␍\n")
+    assert chat.contents[1] == "\x1b[2Jx\u202ey\r"
+
+
+def test_off_a_terminal_the_answer_is_written_as_the_model_made_it() -> None:
+    chat = ScriptedChat(["hi"], [["a\x1b[1m\u202e"]], is_terminal=False)
+    assert chat.run() == "a\x1b[1m\u202e\n"
+
+
+def test_an_undecodable_byte_in_a_message_is_replaced() -> None:
+    chat = ScriptedChat(["a\udcffb"], [["ok"]])
+    chat.run()
+    assert chat.contents[0] == "a\ufffdb"
+
+
+def test_thinking_is_dimmed_also_when_its_tags_are_split() -> None:
+    pieces = ["<th", "ink>\nhm", "m</thi", "nk>\n\nYes", "."]
+    chat = ScriptedChat(["hi"], [pieces], has_color=True)
+    assert chat.run().startswith("\x1b[2mhmm\x1b[0m\n\nYes.\n\x1b[2m[ Prompt")
+    assert chat.contents[1] == "".join(pieces)
+
+
+def test_hidden_thinking_is_not_printed_but_kept() -> None:
+    settings = ChatSettings(show_thinking=False)
+    chat = ScriptedChat(["hi"], [["<think>hm</think>\n\nYes."]], settings=settings)
+    assert chat.run().startswith("Yes.\n")
+    assert "hm" in chat.contents[1]
+
+
+def test_thinking_is_not_sent_back_to_the_model() -> None:
+    chat = ScriptedChat(["one", "two"], [["<think>hm</think>\n\nYes."], ["2"]])
+    chat.run()
+    assert chat.client.requests[1].messages[1]["content"] == "Yes."
+
+
+def test_colour_is_reset_when_an_answer_stops_while_thinking() -> None:
+    chat = ScriptedChat(["hi"], [["<think>hm", press_ctrl_c]], has_color=True)
+    assert chat.run().startswith("\x1b[2mhm\x1b[0m\n")
+
+
+def test_a_full_context_takes_the_message_back_and_says_what_to_do() -> None:
+    full = ContextFullError("9000 tokens > ctx 8192")
+    chat = ScriptedChat(["one", "long", "short"], [["1"], [full], ["2"]])
+    printed = chat.run()
+    assert "9000 tokens > ctx 8192" in printed
+    for remedy in ("/clear", "-c N", "--context-shift"):
+        assert remedy in printed
+    assert chat.contents == ["one", "1", "short", "2"]
+
+
+def test_an_answer_cut_by_the_context_is_kept_and_explained() -> None:
+    chat = ScriptedChat(["hi"], [["cut", result("context", 8192)]])
+    assert "The answer was cut: the context is full (8192 of 8192 tokens)" in chat.run()
+    assert chat.contents == ["hi", "cut"]
+
+
+@pytest.mark.parametrize(("n_past", "is_warned"), [(6553, False), (6554, True)])
+def test_from_80_percent_of_the_context_on_there_is_a_warning(n_past: int, is_warned: bool) -> None:
+    chat = ScriptedChat(["hi"], [["ok", result(n_past=n_past)]])
+    assert ("of the context is used" in chat.run()) == is_warned
+
+
+def test_a_dead_worker_is_explained_and_restarted_with_the_conversation_kept() -> None:
+    died = WorkerDiedError("The engine was killed \x1b[2J(SIGKILL).")
+    chat = ScriptedChat(["one", "two", "/regen"], [["1"], [died], ["2"]])
+    printed = chat.run()
+    assert "The engine was killed ␛[2J(SIGKILL)." in printed
+    assert "Restarted; your conversation is kept" in printed
+    assert chat.client.n_restarts == 1
+    assert chat.contents == ["one", "1", "two", "2"]
+
+
+def test_the_text_before_a_death_is_kept() -> None:
+    chat = ScriptedChat(["hi"], [["par", WorkerDiedError("dead")]])
+    chat.run()
+    assert chat.contents == ["hi", "par"]
+
+
+def test_when_a_restart_fails_the_chat_lives_and_tries_again_at_the_next_message() -> None:
+    cut = GGUFError("the file was cut")
+    chat = ScriptedChat(
+        ["one", "two", "three"], [[WorkerDiedError("dead")], ["3"]], restarts=[cut, cut]
+    )
+    printed = chat.run()
+    assert printed.count("the file was cut") == 2
+    assert "/save FILE" in printed
+    assert chat.client.n_restarts == 3
+    assert chat.contents == ["three", "3"]
+
+
+def test_ctrl_c_during_a_restart_stops_it_without_an_end_of_the_chat() -> None:
+    chat = ScriptedChat(["one", "two"], [[WorkerDiedError("dead")], ["2"]], [CancelledError()])
+    assert "Stopped." in chat.run()
+    assert chat.contents == ["two", "2"]
+
+
+def test_a_failing_template_keeps_the_chat_going() -> None:
+    chat = ScriptedChat(["one", "two"], [[TemplateError("roles must alternate")], ["2"]])
+    assert "roles must alternate" in chat.run()
+    assert chat.contents == ["two", "2"]
+
+
+def test_a_first_message_is_answered_before_anything_is_read() -> None:
+    chat = ScriptedChat(["second"], [["1"], ["2"]])
+    chat.run("first")
+    assert chat.contents == ["first", "1", "second", "2"]
+
+
+def test_a_single_turn_leaves_after_one_answer() -> None:
+    chat = ScriptedChat(["one", "two"], [["1"]])
+    chat.run(is_single_turn=True)
+    assert chat.contents == ["one", "1"]
+
+
+def test_verbose_prints_the_eight_labels() -> None:
+    chat = ScriptedChat(["hi"], [["ok"]], settings=ChatSettings(verbose=True))
+    printed = chat.run()
+    labels = (
+        "total duration:", "load duration:", "prompt eval count:", "prompt eval duration:",
+        "prompt eval rate:", "eval count:", "eval duration:", "eval rate:",
+    )  # fmt: skip
+    positions = [printed.find("\n" + label) for label in labels]
+    assert -1 not in positions and positions == sorted(positions)
+    assert "prompt eval count:    412 token(s)" in printed
+
+
+def test_speeds_of_nothing_are_dashes() -> None:
+    nothing = replace(result(), n_prompt=100, n_generated=0, prompt_s=0.0, generation_s=0.0)
+    chat = ScriptedChat(["hi"], [["x", nothing]])
+    assert "[ Prompt: - t/s | Generation: - t/s | ctx" in chat.run()
+
+
+def test_the_banner_shows_a_models_name_safely_and_its_notes() -> None:
+    out = io.StringIO()
+    ChatView(out, io.StringIO(), is_terminal=True, has_color=False).banner("1.2.3", INFO)
+    printed = out.getvalue()
+    assert "buddyrun 1.2.3" in printed
+    assert "Fake ␛[31m8x1B: llama, 32 layers x 8 experts (top 2), Q8_0, 8.5 GB" in printed
+    assert "The context is capped." in printed

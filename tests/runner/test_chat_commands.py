@@ -1,0 +1,178 @@
+"""The slash commands and their completion."""
+
+from pathlib import Path
+
+import pytest
+
+from runner.chat_commands import COMMANDS, complete
+from runner.conversation import ChatSettings
+from tests.runner.chat_fakes import ScriptedChat
+
+
+def run(*lines: str) -> tuple[ScriptedChat, str]:
+    """A chat of commands alone, and what it prints."""
+    chat = ScriptedChat(lines)
+    printed = chat.run()
+    assert chat.client.requests == []
+    return chat, printed
+
+
+def test_help_lists_every_command() -> None:
+    for line in ("/?", "/help"):
+        printed = run(line)[1]
+        assert all(command.usage in printed for command in COMMANDS)
+        assert '"""' in printed and "//text" in printed
+
+
+@pytest.mark.parametrize(
+    ("line", "field", "value"),
+    [
+        ("/set temp 0.5", "temperature", 0.5),
+        ("/set temperature 0", "temperature", 0.0),
+        ("/set parameter top_k 7", "top_k", 7),
+        ("/set --top-p 0.3", "top_p", 0.3),
+        ("/set min-p 0.1", "min_p", 0.1),
+        ("/set seed 42", "seed", 42),
+        ("/set s 42", "seed", 42),
+        ("/set mirostat 2", "mirostat", 2),
+        ("/set ignore-eos on", "ignore_eos", True),
+        ('/set grammar root ::= "a b"', "grammar", 'root ::= "a b"'),
+    ],
+)
+def test_set_changes_a_sampling_parameter(line: str, field: str, value: object) -> None:
+    chat, _ = run(line)
+    assert getattr(chat.conversation.settings.sampling, field) == value
+
+
+@pytest.mark.parametrize(
+    "line",
+    ["/set temp x", "/set temp -1", "/set temp nan", "/set temp inf", "/set top-p 1.5",
+     "/set top-k 1.5", "/set top-k 99999999999", "/set seed -2", "/set mirostat 3",
+     "/set ignore-eos perhaps", "/set verbose maybe", "/set nonsense 1", "/set n-predict -2"],
+)  # fmt: skip
+def test_a_value_out_of_range_is_refused_and_changes_nothing(line: str) -> None:
+    chat, printed = run(line)
+    assert chat.conversation.settings == ChatSettings()
+    assert "must be" in printed or "There is no setting" in printed
+
+
+def test_set_reaches_the_next_request() -> None:
+    chat = ScriptedChat(["/set temp 0.5", "/set n-predict 3", "/set system Rhyme.", "hi"], [["ok"]])
+    chat.run()
+    request = chat.client.requests[0]
+    assert (request.sampling.temperature, request.n_predict) == (0.5, 3)
+    assert request.messages[0] == {"role": "system", "content": "Rhyme."}
+
+
+def test_set_alone_lists_every_setting_with_its_value() -> None:
+    _, printed = run("/set temp 0.25", "/set")
+    assert "0.25" in printed
+    for name in ("n-predict", "top-k", "dry-multiplier", "verbose", "history", "system"):
+        assert name in printed
+
+
+def test_a_grammar_and_a_schema_replace_each_other() -> None:
+    chat, _ = run("/set grammar x", "/set json-schema {}")
+    assert chat.conversation.settings.sampling.grammar == ""
+
+
+def test_switches() -> None:
+    chat, printed = run("/set verbose on", "/set nothink", "/set nohistory")
+    assert chat.conversation.settings.verbose
+    assert not chat.conversation.settings.show_thinking
+    assert not chat.chat._reader.history.is_kept
+    assert "not kept in the history" in printed
+    assert not run("/set verbose on", "/set verbose off")[0].conversation.settings.verbose
+
+
+def test_system_shows_changes_and_removes_the_system_prompt() -> None:
+    chat, printed = run("/system", "/system Be brief.", "/system", '/system ""', "/show system")
+    assert printed.count("No system prompt is set.") == 2
+    assert "Be brief.\n" in printed
+    assert chat.conversation.settings.system_prompt == ""
+
+
+def test_a_system_prompt_of_several_lines() -> None:
+    chat, _ = run('/system """one\ntwo"""')
+    assert chat.conversation.settings.system_prompt == "one\ntwo"
+
+
+@pytest.mark.parametrize(
+    ("topic", "expected"),
+    [("", "8.0 B"), ("info", "llama 8x1B"), ("parameters", "top-k"), ("system", "No system"),
+     ("template", "{{ template }}"), ("context", "0 of 8192 tokens"), ("stats", '"n_past": 7'),
+     ("nonsense", "/show knows info")],
+)  # fmt: skip
+def test_show(topic: str, expected: str) -> None:
+    printed = run(f"/show {topic}")[1]
+    assert expected in printed
+    assert "\x1b" not in printed
+
+
+def test_regen_answers_the_last_message_again() -> None:
+    chat = ScriptedChat(["hi", "/regen"], [["first"], ["second"]])
+    chat.run()
+    assert chat.contents == ["hi", "second"]
+    assert chat.client.requests[0].messages == chat.client.requests[1].messages
+
+
+def test_regen_without_a_message_sends_nothing() -> None:
+    assert "no message to answer" in run("/regen")[1]
+
+
+def test_clear_forgets_messages_and_files_but_not_settings(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("file text")
+    lines = ["hi", "/set temp 0.1", f"/read {tmp_path / 'a.txt'}", "/clear", "again"]
+    chat = ScriptedChat(lines, [["1"], ["2"]])
+    chat.run()
+    assert chat.contents == ["again", "2"]
+    assert chat.conversation.settings.sampling.temperature == 0.1
+
+
+def test_read_adds_files_to_the_next_message_only(tmp_path: Path) -> None:
+    (tmp_path / "a b.txt").write_text("alpha\n")
+    (tmp_path / "c.txt").write_text("gamma")
+    lines = [f'/read "{tmp_path / "a b.txt"}"', f"/read {tmp_path / 'c.txt'}", "sum up", "go on"]
+    chat = ScriptedChat(lines, [["1"], ["2"]])
+    assert "6 characters of a b.txt go with the next message" in chat.run()
+    assert chat.contents[0] == "File a b.txt:\nalpha\n\nFile c.txt:\ngamma\n\nsum up"
+    assert chat.contents[2] == "go on"
+
+
+@pytest.mark.parametrize(
+    ("data", "expected"), [(b"a\0b", "binary"), (b"\xff\xfe", "not UTF-8"), (None, "cannot read")]
+)
+def test_read_refuses_what_is_no_text(data: bytes | None, expected: str, tmp_path: Path) -> None:
+    path = tmp_path / "x"
+    if data is not None:
+        path.write_bytes(data)
+    assert expected in run(f"/read {path}")[1]
+
+
+@pytest.mark.parametrize("command", ["/read", "/save", "/load"])
+def test_a_file_command_without_a_file_says_so(command: str) -> None:
+    assert f"Give a file name: {command} FILE" in run(command)[1]
+
+
+def test_commands_are_completed() -> None:
+    assert complete("/re") == (3, ["/read", "/regen"])
+    assert "/set" in complete("/")[1]
+    assert complete("/show st") == (2, ["stats"])
+    assert "top-k" in complete("/set t")[1]
+    assert complete("hello /re") == (0, [])
+    assert complete("/set temp 1") == (0, [])
+
+
+def test_file_names_are_completed_after_file_commands(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "notes one.txt").touch()
+    (tmp_path / "notes").mkdir()
+    (tmp_path / "notes" / "deep.txt").touch()
+    (tmp_path / ".hidden").touch()
+    assert complete("/read no") == (2, ["notes/", "notes one.txt"])
+    assert complete("/load notes/") == (6, ["notes/deep.txt"])
+    assert complete("/save ") == (0, ["notes/", "notes one.txt"])
+    assert complete(f"/read {tmp_path}/notes/d")[1] == [f"{tmp_path}/notes/deep.txt"]
+    assert complete("/read nowhere/x") == (7 + 2, [])

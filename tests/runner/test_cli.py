@@ -1,0 +1,191 @@
+"""The command line with a scripted engine: what is sent, what is printed, which exit code."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from tests.runner.command_line import DEMO, buddyrun
+
+
+@pytest.fixture
+def model(tmp_path: Path) -> str:
+    path = tmp_path / "model.gguf"
+    path.touch()
+    return str(path)
+
+
+@pytest.mark.parametrize("command", [[], ["run"], ["demo"], ["show"], ["bench"]])
+def test_every_command_has_help(command: list[str]) -> None:
+    done = buddyrun(*command, "--help")
+    assert done.returncode == 0
+    assert done.stdout.startswith(b"Usage: buddyrun")
+
+
+def test_help_names_every_flag_of_llama_cpp_and_its_twin() -> None:
+    text = buddyrun("run", "--help").stdout.decode()
+    for flag in ("-m", "-p", "-n", "-c", "-b", "-t", "-ctk", "-ctv", "-sys", "-st", "-cnv",
+                 "-no-cnv", "--temp", "--top-k", "--top-p", "--min-p", "--typical",
+                 "--repeat-last-n", "--repeat-penalty", "--presence-penalty",
+                 "--frequency-penalty", "--dry-multiplier", "--xtc-probability", "--mirostat",
+                 "-s,", "--grammar", "--grammar-file", "-j,", "-jf", "--chat-template",
+                 "--chat-template-file", "--ignore-eos", "--context-shift", "--keep", "--verbose",
+                 "--no-color", "--simple-io", "-f,", "-tb"):  # fmt: skip
+        assert flag in text
+    squeezed = "".join(text.split())
+    for twin in ("BUDDYRUN_MODEL", "BUDDYRUN_CTX_SIZE", "BUDDYRUN_TEMP", "BUDDYRUN_GRAMMAR_FILE"):
+        assert twin in squeezed
+
+
+def test_version() -> None:
+    done = buddyrun("--version")
+    assert done.returncode == 0 and done.stdout.startswith(b"buddyrun ")
+
+
+def test_a_prompt_flag_answers_once_with_the_answer_alone_on_stdout(model: str) -> None:
+    done = buddyrun(model, "-p", "hi", "-n", "64")
+    assert (done.returncode, done.stdout, done.stderr) == (0, b"You said 'hi'\n", b"")
+
+
+@pytest.mark.parametrize(
+    "arguments", [["hi", "there"], ["-p", "hi there"], ["-p", "hi", "there"], ["-st", "hi there"]]
+)
+def test_words_after_the_model_are_the_prompt(arguments: list[str], model: str) -> None:
+    assert buddyrun(model, *arguments).stdout == b"You said 'hi there'\n"
+    assert buddyrun("run", "-m", model, *arguments).stdout == b"You said 'hi there'\n"
+
+
+def test_what_is_piped_joins_the_prompt(model: str) -> None:
+    assert buddyrun(model, stdin=b"piped\n").stdout == b"You said 'piped'\n"
+    assert (
+        buddyrun(model, "sum up", stdin=b"a\r\nb\n").stdout == b"You said 'a\\r\\nb\\n\\nsum up'\n"
+    )
+
+
+def test_a_file_joins_the_prompt(model: str, tmp_path: Path) -> None:
+    (tmp_path / "f").write_bytes(b"\xef\xbb\xbffrom a file\n")
+    assert buddyrun(model, "-f", str(tmp_path / "f")).stdout == b"You said 'from a file'\n"
+    missing = buddyrun(model, "-f", str(tmp_path / "no"))
+    assert missing.returncode == 1
+    assert b"cannot read the prompt" in missing.stderr
+
+
+@pytest.mark.parametrize("arguments", [[], ["-p", ""], ["-p", " \n "], ["-no-cnv"], [""]])
+def test_an_empty_prompt_is_one_message(arguments: list[str], model: str) -> None:
+    done = buddyrun(model, *arguments)
+    assert (done.returncode, done.stdout) == (1, b"")
+    assert (
+        done.stderr.startswith(b"buddyrun: the prompt is empty") and done.stderr.count(b"\n") == 1
+    )
+
+
+def test_invalid_utf8_on_a_pipe_is_replaced_and_told(model: str) -> None:
+    done = buddyrun(model, stdin=b"a\xffb\xf0\x9f\n")
+    assert done.stdout == b"You said 'a\\ufffdb\\ufffd'\n"
+    assert b"not UTF-8 (first at byte 1)" in done.stderr and done.returncode == 0
+
+
+def test_no_cnv_sends_the_prompt_raw(model: str) -> None:
+    assert buddyrun(model, "-no-cnv", "-p", "raw").stdout == b"\x1b[1mraw\x1b[0m\n"
+
+
+def test_off_a_terminal_the_answer_is_data(model: str) -> None:
+    assert buddyrun(model, "-p", "evil").stdout.startswith(b"\x1b[2J")
+
+
+def test_hidden_thinking_is_left_out(model: str) -> None:
+    assert buddyrun(model, "-p", "think").stdout == b"<think>\nhmm</think>\n\nYes.\n"
+    assert buddyrun(model, "-p", "think", "--hide-thinking").stdout == b"Yes.\n"
+
+
+def test_verbose_puts_timings_on_stderr(model: str) -> None:
+    done = buddyrun(model, "-p", "hi", "--verbose")
+    assert b"eval rate:" in done.stderr and b"eval rate" not in done.stdout
+
+
+def test_a_cut_answer_is_told_on_stderr(model: str) -> None:
+    done = buddyrun(model, "-p", "cut")
+    assert done.returncode == 0
+    assert b"the context is full" in done.stderr
+
+
+def test_a_chat_over_pipes_takes_one_line_a_turn(model: str) -> None:
+    done = buddyrun(model, "-cnv", stdin=b"one\n/nothing\ntwo\\\nlines\n/bye\nnever\n")
+    assert done.stdout == b"You said 'one'\nYou said 'two\\nlines'\n"
+    assert b"There is no command /nothing" in done.stderr
+    assert done.returncode == 0
+
+
+def test_every_flag_has_a_twin_and_the_flag_wins(model: str, tmp_path: Path) -> None:
+    done = buddyrun(BUDDYRUN_MODEL=model, BUDDYRUN_PROMPT="hi")
+    assert done.stdout == b"You said 'hi'\n"
+    done = buddyrun(model, "-p", "flag", BUDDYRUN_MODEL="/nowhere", BUDDYRUN_PROMPT="twin")
+    assert done.stdout == b"You said 'flag'\n"
+    bad = buddyrun(model, "-p", "x", BUDDYRUN_TOP_P="7")
+    assert bad.returncode == 2
+    assert b"top-p must be a number from 0 to 1, not '7'" in bad.stderr
+
+
+@pytest.mark.parametrize(
+    ("prompt", "message"),
+    [("full", b"buddyrun: 9000 tokens > ctx 8192\n"),
+     ("die", b"buddyrun: The engine was killed (SIGKILL).\n")],
+)  # fmt: skip
+def test_an_error_of_the_engine_is_one_message(prompt: str, message: bytes, model: str) -> None:
+    done = buddyrun(model, "-p", prompt, SHOW_CLOSE="1")
+    assert (done.returncode, done.stderr) == (1, b"closed\n" + message)
+
+
+def test_a_bug_shows_no_traceback_unless_asked(tmp_path: Path) -> None:
+    path = tmp_path / "bug"
+    path.touch()
+    done = buddyrun(str(path), "-p", "x")
+    assert done.returncode == 1
+    assert done.stderr.startswith(b"buddyrun: internal error: KeyError: 'a bug'")
+    assert b"Traceback" in buddyrun(str(path), "-p", "x", "--verbose").stderr
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [["-c", "-1"], ["-c", "x"], ["-b", "0"], ["-t", "-2"], ["-ctk", "f32"], ["--temp", "nan"],
+     ["--temp", "-1"], ["--top-p", "1.1"], ["-s", "-2"], ["-n", "-2"], ["--mirostat", "3"],
+     ["--repeat-penalty", "0"], ["--nonsense"], ["-c"], ["--keep", "99999999999"]],
+)  # fmt: skip
+def test_a_wrong_flag_is_a_usage_error(arguments: list[str], model: str) -> None:
+    done = buddyrun(model, "-p", "hi", *arguments)
+    assert (done.returncode, done.stdout) == (2, b"")
+    assert b"Error: " in done.stderr
+
+
+@pytest.mark.parametrize("command", [["run"], ["show"], ["bench"], ["-p", "hi"]])
+def test_a_missing_model_is_a_usage_error(command: list[str]) -> None:
+    done = buddyrun(*command)
+    assert done.returncode == 2 and b"Missing MODEL" in done.stderr
+
+
+@pytest.mark.parametrize("command", [["run"], ["show"], ["bench"], []])
+def test_a_model_that_is_not_there_is_one_message(command: list[str]) -> None:
+    done = buddyrun(*command, "no\x1bwhere.gguf")
+    assert done.returncode == 1
+    assert done.stderr.startswith("buddyrun: There is no file no␛where.gguf.".encode())
+    assert done.stderr.count(b"\n") == 1
+
+
+def test_a_grammar_and_a_schema_together_are_refused(model: str) -> None:
+    done = buddyrun(model, "-p", "hi", "--grammar", "x", "-j", "{}")
+    assert done.returncode == 1 and b"not both" in done.stderr
+
+
+def test_show_prints_sizes_as_text_and_as_json() -> None:
+    text = buddyrun("show", str(DEMO)).stdout.decode()
+    assert "one expert" in text and "KV cache" in text
+    description = json.loads(buddyrun("show", "-m", str(DEMO), "--json", "--template").stdout)
+    assert description["n_expert"] == 8 and description["chat_template"]
+
+
+def test_show_refuses_what_is_no_model(tmp_path: Path) -> None:
+    path = tmp_path / "x.gguf"
+    path.write_bytes(b"not a model")
+    done = buddyrun("show", str(path))
+    assert done.returncode == 1
+    assert done.stderr.startswith(b"buddyrun: ") and done.stdout == b""

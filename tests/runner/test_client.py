@@ -1,0 +1,282 @@
+"""The parent's side of the process boundary, with real worker processes and a fake session."""
+
+import os
+import signal
+import stat
+import sys
+import tempfile
+import threading
+from itertools import islice
+from pathlib import Path
+
+import pytest
+
+from runner import worker_process
+from runner.client import Client
+from runner.config import EngineConfig, GenerateRequest
+from runner.errors import (
+    BackendError,
+    CancelledError,
+    ContextFullError,
+    InternalError,
+    ModelError,
+    OptionError,
+)
+from runner.protocol import (
+    MAX_MESSAGE_BYTES,
+    BenchSample,
+    BenchTest,
+    GenerateResult,
+    PromptProgress,
+    TextPiece,
+)
+
+ROOT = Path(__file__).resolve().parents[2]
+HERE = Path(__file__).parent
+FAKE = (
+    f"sys.path.insert(0, {str(HERE)!r}); from fake_session import FakeSession;"
+    " from runner.worker import main; main(FakeSession)"
+)
+CONFIG = EngineConfig(n_ctx=64)
+POSIX_ONLY = pytest.mark.skipif(sys.platform == "win32", reason="signals")
+
+
+@pytest.fixture
+def private_directories(tmp_path_factory, monkeypatch):
+    """The folder in which the private directories are made, for looking at what is left."""
+    folder = tmp_path_factory.mktemp("d")
+    monkeypatch.setattr(tempfile, "tempdir", str(folder))
+    return folder
+
+
+@pytest.fixture
+def client(monkeypatch, private_directories):
+    monkeypatch.setattr(worker_process, "PROGRAM", FAKE)
+    client = Client.start()
+    yield client
+    client.close()
+    assert list(private_directories.iterdir()) == []
+
+
+@pytest.fixture
+def model(tmp_path):
+    path = tmp_path / "model.gguf"
+    path.write_bytes(bytes(64 << 10))
+    return path
+
+
+@pytest.fixture
+def loaded(client, model):
+    client.load(model, CONFIG)
+    return client
+
+
+def ask(client, prompt):
+    return list(client.generate(GenerateRequest(prompt=prompt)))
+
+
+def answer_stop(client, prompt):
+    return ask(client, prompt)[-1].stop_reason
+
+
+def test_load_returns_what_the_worker_knows_of_the_model(client, model):
+    stages = []
+    info = client.load(model, CONFIG, on_progress=lambda *stage: stages.append(stage))
+    assert (info.path, info.n_ctx, info.notes) == (str(model), 64, ("a note",))
+    assert stages == [("weights", 1, 2), ("weights", 2, 2)]
+    assert client.load(model, chat_template="{{ x }}").chat_template == "{{ x }}"
+
+
+def test_a_relative_path_means_the_callers_directory(client, model, monkeypatch):
+    monkeypatch.chdir(model.parent)
+    assert client.load(model.name, CONFIG).path == str(model)
+
+
+def test_an_answer_comes_as_pieces_and_ends_with_its_result(loaded):
+    *pieces, result = ask(loaded, "count 3")
+    assert pieces == [TextPiece("0 ", 1), TextPiece("1 ", 2), TextPiece("2 ", 3)]
+    assert result == GenerateResult("length", 3, 1, 3, 0.25, 0.5, 6, 64, 7)
+
+
+def test_messages_of_any_text_reach_the_worker_unchanged(loaded):
+    text = 'é 漢字 \U0001f600 \x00 \x1b[31m "quotes" \udcff \u2028\r\n'
+    request = GenerateRequest(messages=({"role": "user", "content": text},), prompt="messages")
+    assert next(iter(loaded.generate(request))) == TextPiece(text, 1)
+
+
+def test_bench_yields_one_sample_per_test(loaded):
+    samples = list(loaded.bench([BenchTest(8, 0), BenchTest(0, 4)], 2, "text"))
+    assert samples == [BenchSample(8, 0, (4, 5)), BenchSample(0, 4, (4, 5))]
+
+
+def test_stats_are_answered_while_an_answer_is_made(loaded):
+    answer = loaded.generate(GenerateRequest(prompt="forever"))
+    next(answer)
+    assert loaded.stats()["n_generated"] > 0
+    assert next(answer) == TextPiece("1 ", 2)
+
+
+def test_cancel_in_the_middle_of_an_answer_ends_it_with_its_result(loaded):
+    answer = loaded.generate(GenerateRequest(prompt="forever"))
+    assert len(list(islice(answer, 5))) == 5
+    loaded.cancel()
+    *_, result = answer
+    assert result.stop_reason == "cancelled"
+    assert answer_stop(loaded, "count 2") == "length"
+
+
+def test_cancel_works_during_the_prompt(loaded):
+    answer = loaded.generate(GenerateRequest(prompt="read"))
+    assert next(answer) == PromptProgress(512, 4096, 0)
+    loaded.cancel()
+    assert next(answer).stop_reason == "cancelled"
+
+
+def test_cancel_ends_a_load(client):
+    with pytest.raises(CancelledError):
+        client.load("hang", CONFIG, on_progress=lambda *_: client.cancel())
+
+
+def test_cancel_without_a_running_request_changes_nothing(loaded):
+    loaded.cancel()
+    assert answer_stop(loaded, "count 2") == "length"
+    loaded.cancel()
+    assert answer_stop(loaded, "count 2") == "length"
+
+
+def test_an_answer_dropped_before_its_end_is_cancelled_and_its_rest_is_skipped(loaded):
+    for _ in range(20):
+        answer = loaded.generate(GenerateRequest(prompt="forever"))
+        next(answer)
+        answer.close()
+        assert ask(loaded, "count 1")[0] == TextPiece("0 ", 1)
+
+
+def test_an_answer_dropped_after_an_error_leaves_the_client_usable(loaded):
+    answer = loaded.generate(GenerateRequest(prompt="read"))
+    next(answer)
+    del answer
+    with pytest.raises(ContextFullError):
+        ask(loaded, "full")
+    assert answer_stop(loaded, "count 1") == "length"
+
+
+@POSIX_ONLY
+def test_ctrl_c_that_interrupts_the_caller_does_not_spoil_the_stream(loaded):
+    for _ in range(20):
+        answer = loaded.generate(GenerateRequest(prompt="read"))
+        next(answer)
+        timer = threading.Timer(0.01, os.kill, (os.getpid(), signal.SIGINT))
+        timer.start()
+        with pytest.raises(KeyboardInterrupt):
+            next(answer)
+        timer.join()
+        assert ask(loaded, "count 1")[0] == TextPiece("0 ", 1)
+
+
+@POSIX_ONLY
+def test_cancel_can_be_called_from_a_signal_handler(loaded):
+    before = signal.signal(signal.SIGALRM, lambda *_: loaded.cancel())
+    try:
+        for _ in range(50):
+            signal.setitimer(signal.ITIMER_REAL, 0.003, 0.0005)
+            assert answer_stop(loaded, "forever") == "cancelled"
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+    assert answer_stop(loaded, "count 1") == "length"
+
+
+@pytest.mark.parametrize(
+    ("prompt", "kind", "text"),
+    [
+        ("full", ContextFullError, "9000 tokens do not fit 8192"),
+        ("memory", BackendError, "not enough memory"),
+        ("bug", InternalError, "KeyError: 'blk.0'"),
+    ],
+)
+def test_an_error_of_the_worker_is_raised_here_and_the_worker_lives(loaded, prompt, kind, text):
+    with pytest.raises(kind, match=text):
+        ask(loaded, prompt)
+    assert answer_stop(loaded, "count 1") == "length"
+
+
+def test_the_log_has_the_trace_of_a_mistake_in_buddyrun(loaded):
+    with pytest.raises(InternalError):
+        ask(loaded, "bug")
+    ask(loaded, "count 1")
+    loaded.close()
+    assert "Traceback" in loaded.log
+    assert "raise KeyError" in loaded.log
+
+
+def test_what_native_code_prints_neither_blocks_nor_enters_the_stream(loaded):
+    assert answer_stop(loaded, "print") == "eos"
+    loaded.close()
+    assert loaded.log.endswith("native code prints to stdout\n")
+    assert len(loaded.log) <= worker_process.LOG_BYTES
+
+
+def test_a_model_that_is_not_there_is_an_error_of_load(client, tmp_path):
+    with pytest.raises(ModelError, match="no such file"):
+        client.load(tmp_path / "gone.gguf", CONFIG)
+
+
+def test_a_text_too_long_for_a_message_is_refused_before_it_is_sent(loaded):
+    with pytest.raises(OptionError, match="too long"):
+        ask(loaded, "x" * (MAX_MESSAGE_BYTES + 1))
+    assert answer_stop(loaded, "count 1") == "length"
+
+
+def test_two_clients_have_two_workers(loaded, model):
+    with Client.start() as other:
+        other.load(model, EngineConfig(n_ctx=32))
+        assert other.pid != loaded.pid
+        first = loaded.generate(GenerateRequest(prompt="count 2"))
+        second = other.generate(GenerateRequest(prompt="count 2"))
+        assert next(first) == next(second) == TextPiece("0 ", 1)
+        assert list(first)[-1] == list(second)[-1]
+
+
+def test_packages_of_the_same_names_in_the_current_directory_are_not_imported(
+    tmp_path, monkeypatch, model
+):
+    for name in ("runner", "quant", "json", "multiprocessing", "fake_session"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "__init__.py").write_text("raise SystemExit('the wrong package')")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(worker_process, "PROGRAM", FAKE)
+    with Client.start() as client:
+        assert client.load(model, CONFIG).name == "Fake"
+
+
+def test_the_worker_runs_the_very_packages_of_its_parent(tmp_path, monkeypatch, model):
+    (tmp_path / "runner").mkdir()
+    (tmp_path / "runner" / "__init__.py").write_text("raise SystemExit('the wrong package')")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    monkeypatch.setattr(worker_process, "PROGRAM", FAKE)
+    with Client.start() as client:
+        assert client.load(model, CONFIG).name == "Fake"
+
+
+@POSIX_ONLY
+def test_the_private_directory_is_open_to_this_user_only_and_has_a_short_path(
+    tmp_path, monkeypatch
+):
+    long_folder = tmp_path / ("x" * 100)
+    long_folder.mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(long_folder))
+    directory = worker_process.make_private_directory()
+    assert stat.S_IMODE(directory.stat().st_mode) == 0o700
+    assert len(str(directory)) <= worker_process.MAX_SOCKET_DIRECTORY
+    worker_process.remove_private_directory(directory)
+    assert not directory.exists()
+    assert list(long_folder.iterdir()) == []
+
+
+def test_what_a_sitecustomize_prints_does_not_disturb_the_start(tmp_path, monkeypatch, model):
+    (tmp_path / "sitecustomize.py").write_text("print('welcome\\n{}')")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    monkeypatch.setattr(worker_process, "PROGRAM", FAKE)
+    with Client.start() as client:
+        assert client.load(model, CONFIG).name == "Fake"

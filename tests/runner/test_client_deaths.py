@@ -1,0 +1,248 @@
+"""What the parent says and does when a worker dies, and what is left when the parent dies."""
+
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+
+from runner import worker_process
+from runner.client import Client
+from runner.config import EngineConfig, GenerateRequest
+from runner.errors import WorkerDiedError
+
+ROOT = Path(__file__).resolve().parents[2]
+HERE = Path(__file__).parent
+FAKE = (
+    f"sys.path.insert(0, {str(HERE)!r}); from fake_session import FakeSession;"
+    " from runner.worker import main; main(FakeSession)"
+)
+CONFIG = EngineConfig(n_ctx=64)
+POSIX_ONLY = pytest.mark.skipif(sys.platform == "win32", reason="signals")
+
+
+@pytest.fixture
+def private_directories(tmp_path_factory, monkeypatch):
+    """The folder in which the private directories are made, for looking at what is left."""
+    folder = tmp_path_factory.mktemp("d")
+    monkeypatch.setattr(tempfile, "tempdir", str(folder))
+    return folder
+
+
+@pytest.fixture
+def client(monkeypatch, private_directories):
+    monkeypatch.setattr(worker_process, "PROGRAM", FAKE)
+    client = Client.start()
+    yield client
+    client.close()
+    assert list(private_directories.iterdir()) == []
+
+
+@pytest.fixture
+def model(tmp_path):
+    path = tmp_path / "model.gguf"
+    path.write_bytes(bytes(64 << 10))
+    return path
+
+
+@pytest.fixture
+def loaded(client, model):
+    client.load(model, CONFIG)
+    return client
+
+
+def ask(client, prompt):
+    return list(client.generate(GenerateRequest(prompt=prompt)))
+
+
+def answer_stop(client, prompt):
+    return ask(client, prompt)[-1].stop_reason
+
+
+@POSIX_ONLY
+@pytest.mark.parametrize(
+    ("number", "words"),
+    [
+        (signal.SIGKILL, "killed"),
+        (signal.SIGTERM, "ended from outside"),
+        (signal.SIGSEGV, "wrong memory access"),
+        (signal.SIGILL, "instructions that this processor lacks"),
+        (signal.SIGHUP, "SIGHUP"),
+    ],
+)
+def test_a_signal_that_ends_the_worker_is_explained(loaded, number, words):
+    answer = loaded.generate(GenerateRequest(prompt="read"))
+    next(answer)
+    os.kill(loaded.pid, number)
+    with pytest.raises(WorkerDiedError, match=words):
+        next(answer)
+
+
+@POSIX_ONLY
+@pytest.mark.parametrize(
+    ("prompt", "words"),
+    [
+        ("abort", r"ggml\.c:42: GGML_ASSERT\(ne0 == 64\) failed$"),
+        ("bad_alloc", r"ran out of memory \(what\(\):  std::bad_alloc\)"),
+        ("truncate", r"model\.gguf \(SIGBUS\): it has 0 bytes now and had 65536"),
+        ("exit", "exit status 3: the last line on stderr"),
+    ],
+)
+def test_a_worker_that_ends_itself_says_why(loaded, prompt, words):
+    with pytest.raises(WorkerDiedError, match=words):
+        ask(loaded, prompt)
+
+
+@POSIX_ONLY
+def test_sigbus_after_the_model_was_deleted_says_so(loaded, model):
+    model.unlink()
+    os.kill(loaded.pid, signal.SIGBUS)
+    with pytest.raises(WorkerDiedError, match="model.gguf .* no longer there"):
+        ask(loaded, "count 1")
+
+
+@POSIX_ONLY
+def test_an_abort_while_loading_is_explained(client):
+    with pytest.raises(WorkerDiedError, match="n_loaded == 1"):
+        client.load("abort", CONFIG)
+
+
+def test_a_missing_package_is_named(monkeypatch, private_directories):
+    monkeypatch.setattr(worker_process, "PROGRAM", "import llama_cpp_missing")
+    with Client.start() as client, pytest.raises(WorkerDiedError, match="llama_cpp_missing is not"):
+        client.load("model.gguf", CONFIG)
+
+
+def test_all_requests_to_a_dead_worker_say_why_it_died(loaded):
+    psutil.Process(loaded.pid).kill()
+    for request in (loaded.stats, lambda: ask(loaded, "count 1"), loaded.stats):
+        with pytest.raises(WorkerDiedError, match="killed"):
+            request()
+    loaded.cancel()
+
+
+def test_restart_after_a_death_loads_the_same_model_with_the_same_settings(loaded, model):
+    loaded.load(model, EngineConfig(n_ctx=48), chat_template="mine")
+    for _ in range(3):
+        dead = loaded.pid
+        psutil.Process(dead).kill()
+        with pytest.raises(WorkerDiedError):
+            ask(loaded, "count 1")
+        info = loaded.restart()
+        assert (info.path, info.n_ctx, info.chat_template) == (str(model), 48, "mine")
+        assert loaded.pid != dead
+        assert answer_stop(loaded, "count 2") == "length"
+
+
+def test_restart_replaces_a_worker_that_does_not_react_to_cancel(loaded):
+    answer = loaded.generate(GenerateRequest(prompt="native"))
+    waiting = threading.Thread(target=lambda: pytest.raises(WorkerDiedError, next, answer))
+    waiting.start()
+    loaded.cancel()
+    stuck = psutil.Process(loaded.pid)
+    loaded.restart()
+    waiting.join(5)
+    assert not stuck.is_running()
+    assert answer_stop(loaded, "count 2") == "length"
+
+
+def test_an_answer_of_a_replaced_worker_can_be_dropped_late(loaded):
+    answer = loaded.generate(GenerateRequest(prompt="read"))
+    next(answer)
+    loaded.restart()
+    answer.close()
+    assert answer_stop(loaded, "count 2") == "length"
+
+
+def test_close_ends_a_worker_in_native_code_and_can_be_repeated(loaded):
+    answer = loaded.generate(GenerateRequest(prompt="native"))
+    waiting = threading.Thread(target=lambda: pytest.raises(WorkerDiedError, next, answer))
+    waiting.start()
+    worker = psutil.Process(loaded.pid)
+    loaded.close()
+    loaded.close()
+    waiting.join(5)
+    assert not worker.is_running()
+
+
+def test_close_right_after_start_leaves_nothing(private_directories):
+    for _ in range(3):
+        client = Client.start()
+        worker = psutil.Process(client.pid)
+        client.close()
+        assert not worker.is_running()
+    assert list(private_directories.iterdir()) == []
+
+
+def assert_ends(worker, seconds=2):
+    """Like Process.wait, but an ended process that nobody has collected yet counts as ended."""
+    deadline = time.monotonic() + seconds
+    while worker.is_running() and worker.status() != psutil.STATUS_ZOMBIE:
+        assert time.monotonic() < deadline, "the worker lives on"
+        threading.Event().wait(0.01)
+
+
+PARENT = """
+import sys
+sys.path.insert(0, {root!r})
+from runner import worker_process
+from runner.client import Client
+from runner.config import GenerateRequest
+worker_process.PROGRAM = {program!r}
+{before}
+client = Client.start()
+print(client.pid, flush=True)
+{after}
+sys.stdin.read()
+"""
+NEVER_CONNECT = """
+import threading
+worker_process.WorkerProcess._connect = lambda self: threading.Event().wait()
+"""
+
+
+@pytest.mark.parametrize(
+    ("before", "after"),
+    [
+        ("", ""),
+        (NEVER_CONNECT, ""),
+        ("", "next(client.generate(GenerateRequest(prompt='read'))); print('ready', flush=True)"),
+        ("", "client._worker.send(b'x'); print('ready', flush=True)"),
+    ],
+    ids=["at any time", "before it connected", "while it answers", "after garbage"],
+)
+def test_a_parent_killed_with_kill_9_leaves_no_worker_and_no_files(before, after, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("t")
+    script = PARENT.format(root=str(ROOT), program=FAKE, before=before, after=after)
+    parent = subprocess.Popen(
+        [sys.executable, "-c", script],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        env={**os.environ, "TMPDIR": str(folder)},
+    )
+    with parent:
+        worker = psutil.Process(int(parent.stdout.readline()))
+        if "ready" in after:
+            assert parent.stdout.readline() == b"ready\n"
+        parent.kill()
+    assert_ends(worker)
+    assert list(folder.iterdir()) == []
+
+
+def test_a_parent_killed_while_its_worker_computes_in_native_code_leaves_no_worker():
+    after = "next(client.generate(GenerateRequest(prompt='native')))"
+    script = PARENT.format(root=str(ROOT), program=FAKE, before="", after=after)
+    with subprocess.Popen(
+        [sys.executable, "-c", script], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    ) as parent:
+        worker = psutil.Process(int(parent.stdout.readline()))
+        while worker.cpu_times().user < 0.5:  # start-up takes less
+            worker.cpu_percent(0.05)
+        parent.kill()
+    assert_ends(worker)
