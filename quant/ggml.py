@@ -131,7 +131,7 @@ class Ggml:
                 )
             function.restype, function.argtypes = result, arguments
             setattr(self, name.removeprefix("ggml_"), function)
-        self.version_text: str = self.version().decode()  # type: ignore[attr-defined]
+        self.version_text: str = self.version().decode()
 
     def __getattr__(self, name: str) -> Callable[..., Any]:
         raise AttributeError(f"ggml_{name} is not bound in quant/ggml.py")
@@ -194,7 +194,7 @@ def _library_path(folder: Path, name: str) -> Path | None:
     return None
 
 
-@ctypes.CFUNCTYPE(None, c_int, c_char_p, c_void_p)
+@ctypes.CFUNCTYPE(None, c_int, c_char_p, c_void_p)  # type: ignore[untyped-decorator]
 def _log_errors_only(level: int, text: bytes, _data: object) -> None:
     if level == _LOG_LEVEL_ERROR:
         sys.stderr.write(text.decode(errors="replace"))
@@ -216,12 +216,12 @@ class Tensor:
     @property
     def shape(self) -> tuple[int, int, int, int]:
         """ggml order: ne0 is the row length."""
-        return tuple(self.pointer.contents.ne)  # type: ignore[return-value]
+        return tuple(self.pointer.contents.ne)
 
     @property
     def strides(self) -> tuple[int, int, int, int]:
         """In bytes, ggml order."""
-        return tuple(self.pointer.contents.nb)  # type: ignore[return-value]
+        return tuple(self.pointer.contents.nb)
 
     @property
     def type(self) -> int:

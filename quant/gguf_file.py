@@ -87,6 +87,10 @@ class GGUFFile:
         """
         return self._files[shard].mapping()
 
+    def will_need(self, shard: int, offset: int, n_bytes: int) -> None:
+        """Ask the system to read a part of a mapped shard ahead of its use."""
+        self._files[shard].will_need(offset, n_bytes)
+
     def read(self, range: ByteRange, into: WritableBuffer) -> None:
         """Fill `into`, `range.n_bytes` long, with the bytes of `range`.
 

@@ -75,6 +75,13 @@ class ReadOnlyFile:
                 raise GGUFError(f"{self.path}: cannot be mapped into memory: {error}") from error
         return np.frombuffer(self._mapping, np.uint8)
 
+    def will_need(self, offset: int, n_bytes: int) -> None:
+        """Ask the system to read a part of the mapping ahead; does nothing where it cannot."""
+        if self._mapping is not None and hasattr(mmap, "MADV_WILLNEED"):
+            start = offset - offset % mmap.PAGESIZE
+            n_bytes = min(offset + n_bytes, self.size_bytes) - start
+            self._mapping.madvise(mmap.MADV_WILLNEED, start, n_bytes)
+
     @property
     def is_mapped(self) -> bool:
         return self._mapping is not None

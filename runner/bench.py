@@ -16,7 +16,7 @@ from pathlib import Path
 from runner.protocol import BenchSample, ModelInfo
 from runner.terminal_text import visible_line
 
-FORMATS = ("md", "json", "jsonl", "csv")
+_BACKEND = "CPU"  # the only one that the engine runs on
 
 
 @dataclass(frozen=True)
@@ -70,7 +70,7 @@ def record(sample: BenchSample, setting: BenchSetting, test_time: str) -> BenchR
     return BenchRecord(
         cpu_info=cpu_name(),
         gpu_info="",
-        backends=info.device,
+        backends=_BACKEND,
         model_filename=info.path,
         model_type=info.description,
         model_size=info.size_bytes,
@@ -107,7 +107,7 @@ def records(samples: Iterable[BenchSample], setting: BenchSetting) -> Iterator[B
 
 
 def format_records(results: Iterable[BenchRecord], form: str) -> Iterator[str]:
-    """The lines to print in one of FORMATS, each as soon as it is known."""
+    """The lines to print as md, json, jsonl or csv, each as soon as it is known."""
     return {"md": _markdown, "json": _json, "jsonl": _jsonl, "csv": _csv}[form](results)
 
 

@@ -12,7 +12,13 @@ from runner.chat_commands import ChatCommands, ChatState, Next
 from runner.chat_input import Reader, without_quotes
 from runner.chat_view import AnswerPrinter, ChatView
 from runner.conversation import Conversation
-from runner.errors import BuddyrunError, CancelledError, ContextFullError, WorkerDiedError
+from runner.errors import (
+    BuddyrunError,
+    CancelledError,
+    ContextFullError,
+    InternalError,
+    WorkerDiedError,
+)
 from runner.interrupts import SecondInterrupt, first_interrupt_calls
 from runner.protocol import GenerateResult, ModelInfo, PromptProgress, TextPiece
 from runner.terminal_text import storable
@@ -141,12 +147,18 @@ class Chat:
 
     def _report(self, error: BuddyrunError) -> None:
         self._view.warn(str(error))
+        if isinstance(error, InternalError | WorkerDiedError):
+            self._say_log()
         if isinstance(error, ContextFullError):
             self._view.say(_WHAT_TO_DO)
         elif not isinstance(error, WorkerDiedError):
             self._view.say("/regen tries your last message again.")
         elif self._restart():
             self._view.say("Restarted; your conversation is kept. /regen answers it again.")
+
+    def _say_log(self) -> None:
+        if self._conversation.settings.verbose:
+            self._view.say(self._client.log)
 
     def _restart(self) -> bool:
         """A new engine for the same conversation. When that fails it is tried again before the

@@ -1,4 +1,4 @@
-"""Turns a conversation into a prompt with a model's chat template. Knows no tokenizer, no engine.
+"""Turns a conversation into a prompt with a model's chat template. Knows no vocabulary, no engine.
 
 A template is Jinja source from the model or the user, run in llama-cpp-python's sandbox, or the
 name of one of llama.cpp's built-in templates. Its output may begin with the BOS token's text;
@@ -10,11 +10,10 @@ from functools import cached_property
 from typing import Any, NoReturn
 
 import jinja2
-import jinja2.sandbox
 
-from runner.builtin_templates import apply_builtin_template, builtin_template_names
 from runner.errors import TemplateError
 from runner.time_limit import TimeLimitError, time_limit
+from runner.tokenizer import apply_builtin_template, builtin_template_names
 
 Message = Mapping[str, str]
 
@@ -132,7 +131,7 @@ def _refuse(error: BaseException, what: str) -> NoReturn:
         message = f"The chat template took over {_LIMIT_S:g} s and was stopped."
     elif isinstance(error, jinja2.TemplateSyntaxError):
         message = f"The chat template is not valid Jinja, line {error.lineno}: {reason}."
-    elif isinstance(error, jinja2.sandbox.SecurityError):
+    elif isinstance(error, jinja2.exceptions.SecurityError):
         message = f"The chat template did something that is not allowed: {reason}."
     elif isinstance(error, jinja2.UndefinedError):
         message = f"The chat template uses something that does not exist: {reason}."

@@ -180,7 +180,9 @@ def model_line(info: ModelInfo) -> str:
 
 def summary(result: GenerateResult) -> str:
     """The one line after an answer."""
-    prompt = _rate(result.n_prompt - result.n_cached, result.prompt_s)
+    # A prompt that was stopped half-way has no speed: how much of it was read is not known.
+    is_read = result.n_generated > 0 or result.stop_reason != "cancelled"
+    prompt = _rate(result.n_prompt - result.n_cached if is_read else 0, result.prompt_s)
     generation = _rate(result.n_generated, result.generation_s)
     ends = {"length": " | stopped at -n", "cancelled": " | stopped"}
     return (

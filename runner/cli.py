@@ -44,7 +44,7 @@ def main(arguments: list[str] | None = None) -> int:
     except OSError as error:
         _forget_stdout()
         return _complain(_os_error_text(error))
-    except Exception as error:  # noqa: BLE001 - the edge of the process
+    except Exception as error:  # the edge of the process
         return _complain_of_bug(error, arguments)
 
 
@@ -181,7 +181,7 @@ _CHAT_SECTIONS = (
 
 def _chat_command(name: str, help: str, callback: Any, words: str, flags: Any) -> click.Command:
     sections = (("Model", flags), *_CHAT_SECTIONS) if flags else _CHAT_SECTIONS
-    argument = click.Argument(["words"], nargs=-1, metavar=words)
+    argument = click.Argument(["words"], nargs=-1, metavar=words, type=options.FILE)
     params = [argument, *(param for _, section in sections for param in section)]
     short = help.partition(";")[0].partition(". ")[0].removesuffix(".")
     command = SectionedCommand(name, params=params, callback=callback, help=help, short_help=short)
@@ -193,6 +193,7 @@ commands = DefaultGroup(
     NAME,
     help="Run Mixture-of-Experts GGUF models that are larger than the GPU.",
     no_args_is_help=True,
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
     params=[
         click.Option(
             ["--version"],
@@ -222,7 +223,7 @@ commands = DefaultGroup(
         click.Command(
             "show",
             params=[
-                click.Argument(["word"], required=False, metavar="MODEL"),
+                click.Argument(["word"], required=False, metavar="MODEL", type=options.FILE),
                 options.MODEL_FLAG,
                 options.switch("--json", "as_json", help="Print JSON."),
                 options.switch("--template", "template", help="Print the chat template too."),
@@ -234,7 +235,7 @@ commands = DefaultGroup(
         click.Command(
             "bench",
             params=[
-                click.Argument(["word"], required=False, metavar="MODEL"),
+                click.Argument(["word"], required=False, metavar="MODEL", type=options.FILE),
                 options.MODEL_FLAG,
                 *options.BENCH_FLAGS,
                 *options.THREAD_FLAGS,

@@ -14,6 +14,8 @@ from runner.errors import OptionError
 from runner.sampling_options import N_PREDICT, SAMPLING_OPTIONS, SamplingOption, default_of
 
 ENVIRONMENT_PREFIX = "BUDDYRUN"
+FILE = click.Path(path_type=str)  # lets a shell complete file names
+BENCH_FORMATS = ("md", "json", "jsonl", "csv")
 CACHE_TYPES = click.Choice(["f16", "q8_0"])
 _MAX_INT = 2**31 - 1
 _MAX_BENCH_TOKENS = 1 << 20
@@ -21,9 +23,7 @@ _MAX_BENCH_TOKENS = 1 << 20
 Params = dict[str, Any]  # what click makes of the command line, by parameter name
 
 
-def flag(
-    *names: str, help: str, type: click.ParamType | type | None = None, default: Any = None
-) -> click.Option:
+def flag(*names: str, help: str, type: Any = None, default: Any = None) -> click.Option:
     """An option with its environment twin; the last of `names` is the parameter's name."""
     return click.Option(
         names,
@@ -46,7 +46,7 @@ def _twin(names: Sequence[str]) -> Params:
     return {"envvar": variable, "show_envvar": True}
 
 
-class _SamplingType(click.ParamType):
+class _SamplingType(click.ParamType):  # type: ignore[type-arg]
     """Lets click read a sampling parameter through the table that `/set` uses too."""
 
     def __init__(self, option: SamplingOption) -> None:
@@ -74,11 +74,11 @@ def _sampling_flag(option: SamplingOption) -> click.Option:
     return flag(*names, option.field, help=option.help, type=_SamplingType(option), default=default)
 
 
-MODEL_FLAG = flag("-m", "--model", "model", help="The GGUF file, instead of MODEL.")
+MODEL_FLAG = flag("-m", "--model", "model", help="The GGUF file, instead of MODEL.", type=FILE)
 
 PROMPT_FLAGS = (
     flag("-p", "--prompt", "prompt", help="Answer this and exit; joins what is piped in."),
-    flag("-f", "--file", "prompt_file", help="Take the prompt from a file."),
+    flag("-f", "--file", "prompt_file", help="Take the prompt from a file.", type=FILE),
     flag("-sys", "--system-prompt", "system_prompt", help="Sent before every chat.", default=""),
     switch(
         *("-cnv/-no-cnv", "--conversation/--no-conversation", "conversation"),
@@ -87,7 +87,7 @@ PROMPT_FLAGS = (
     ),
     switch("-st", "--single-turn", "single_turn", help="Leave after one answer."),
     flag("--chat-template", "chat_template", help="Jinja text or a name: chatml, llama3 ..."),
-    flag("--chat-template-file", "chat_template_file", help="The same from a file."),
+    flag("--chat-template-file", "chat_template_file", help="The same from a file.", type=FILE),
 )
 
 THREAD_FLAGS = (
@@ -145,8 +145,14 @@ CONTEXT_FLAGS = (
 SAMPLING_FLAGS = (
     _sampling_flag(N_PREDICT),
     *map(_sampling_flag, SAMPLING_OPTIONS),
-    flag("--grammar-file", "grammar_file", help="The grammar from a file."),
-    flag("-jf", "--json-schema-file", "json_schema_file", help="The JSON schema from a file."),
+    flag("--grammar-file", "grammar_file", help="Grammar from a file.", type=FILE),
+    flag(
+        "-jf",
+        "--json-schema-file",
+        "json_schema_file",
+        help="The JSON schema from a file.",
+        type=FILE,
+    ),
     click.Option(
         ("--dry-sequence-breaker", "dry_sequence_breakers"),
         multiple=True,
@@ -163,12 +169,13 @@ TERMINAL_FLAGS = (
     flag(
         *("--history", "history"),
         help="File for the lines typed in a chat; '' = keep none.",
+        type=FILE,
     ),
     switch("-v", "--verbose", "verbose", help="Show timings in full, and traces of bugs."),
 )
 
 
-class _CountList(click.ParamType):
+class _CountList(click.ParamType):  # type: ignore[type-arg]
     """Token counts as llama-bench takes them: 512 or 512,1024; 0 leaves a test out."""
 
     name = "N,..."
@@ -221,10 +228,15 @@ BENCH_FLAGS = (
     flag(
         *("-o", "--output", "form"),
         help="Format of the figures.",
-        type=click.Choice(["md", "json", "jsonl", "csv"]),
+        type=click.Choice(BENCH_FORMATS),
         default="md",
     ),
-    flag("--text", "text", help="The text whose tokens are used; a packaged one otherwise."),
+    flag(
+        "--text",
+        "text",
+        help="The text whose tokens are used; a packaged one otherwise.",
+        type=FILE,
+    ),
 )
 
 

@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 
 import click
+from click.shell_completion import CompletionItem
 
 EXAMPLES = (
     ("buddyrun demo", "chat with the small model that comes along"),
@@ -30,6 +31,10 @@ class DefaultGroup(click.Group):
     def _run_has_model(self, ctx: click.Context) -> bool:
         flags = [param for param in self.commands["run"].params if param.name == "model"]
         return any(param.resolve_envvar_value(ctx) for param in flags)
+
+    def shell_complete(self, ctx: click.Context, incomplete: str) -> list[CompletionItem]:
+        """Commands and, since the first word may be a model, files."""
+        return [*super().shell_complete(ctx, incomplete), CompletionItem(incomplete, type="file")]
 
     def format_usage(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         """The default command and the others."""

@@ -4,30 +4,27 @@ One thread drives it. Per MoE layer the router's choice is read back, the miss p
 and the experts run by that plan.
 """
 
-import os
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
 from quant.ggml import Backend
-from quant.ggml_types import GGML_TYPES_BY_NAME, GGMLType
 from quant.gguf_file import GGUFFile
 from runner import context_shift, miss_policy
 from runner.batch_graph import BatchGraph, BatchShape, DeviceState, EngineParts
-from runner.config import DEFAULT_MAX_CTX, EngineConfig
+from runner.config import EngineConfig
+from runner.engine_limits import choose_limits
 from runner.errors import CancelledError, ContextFullError, ModelError, OptionError
 from runner.graph_cache import GraphCache
-from runner.hardware import n_physical_cores
 from runner.kv_cache import KVCache, padded_context
 from runner.model_config import ModelConfig
 from runner.page_in import page_in
 from runner.stats import StatsRecorder, StatsSnapshot
 from runner.weights import Weights
-
-CACHE_TYPES = ("f16", "q8_0")
 
 Progress = Callable[[str, int, int], None]
 Cancelled = Callable[[], bool]
@@ -57,28 +54,35 @@ class Engine:
         """
         report = on_progress or (lambda stage, done, total: None)
         self.config = config
-        self.notes: tuple[str, ...] = ()
-        report("reading the header", 0, 1)
-        self.file = GGUFFile.open(path)
-        self.model_config = ModelConfig.from_gguf(self.file)
-        self.n_ctx = self._choose_context()
-        self.n_threads = config.n_threads or n_physical_cores()
-        self._n_threads_batch = config.n_threads_batch or self.n_threads
-        self._check_options()
-        self.backend = Backend.cpu(self.n_threads)
-        if not page_in(self.file, report, cancelled):
-            self.notes += ("The model is larger than the free memory: expect it to be slow.",)
-        self._allocate()
+        with ExitStack() as owned:
+            self.file = owned.enter_context(GGUFFile.open(path))
+            self.model_config = ModelConfig.from_gguf(self.file)
+            self._limits = choose_limits(config, self.model_config)
+            self.notes = self.model_config.notes + self._limits.notes
+            self.backend = owned.enter_context(Backend.cpu(self._limits.n_threads))
+            if not page_in(self.file, report, cancelled):
+                self.notes += ("The model is larger than the free memory: expect it to be slow.",)
+            self._parts = self._allocate(owned)
+            largest = BatchShape(self._limits.n_batch, padded_context(self.n_ctx), False)
+            self._graphs = GraphCache(self._parts, largest)
+            owned.callback(self._graphs.close)
+            self._owned = owned.pop_all()
+        n_layer = self.model_config.n_layer
+        self._moe_layers = range(n_layer if self.model_config.is_moe else 0)
         self._tokens: list[int] = []  # what the KV cache holds, in order
-        self._stats = StatsRecorder(self.model_config.n_layer)
+        self._stats = StatsRecorder(n_layer)
 
     def close(self) -> None:
-        self._graphs.close()
-        self._state.close()
-        self._kv.close()
-        self._weights.close()
-        self.backend.close()
-        self.file.close()
+        self._owned.close()
+
+    @property
+    def n_ctx(self) -> int:
+        """Tokens that the context holds."""
+        return self._limits.n_ctx
+
+    @property
+    def n_threads(self) -> int:
+        return self._limits.n_threads
 
     @property
     def n_past(self) -> int:
@@ -111,8 +115,9 @@ class Engine:
 
         `sample` picks a token from logits (n_vocab,). At most n_predict tokens, -1 = no limit. The
         last step carries the reason for the stop. Raises ContextFullError when the prompt does not
-        fit, before anything is computed.
+        fit, before anything is computed; ModelError when the file was overwritten meanwhile.
         """
+        self._check_file()
         try:
             logits = self.prefill(self._fit(list(tokens)), cancelled, on_prompt)
             n_made = 0
@@ -146,19 +151,21 @@ class Engine:
         computed until then stays in the cache.
         """
         n_cached = self._reuse(tokens)
-        self.backend.set_n_threads(self._n_threads_batch)
+        self.backend.set_n_threads(self._limits.n_threads_batch)
         logits = np.empty(0, np.float32)
         on_prompt(n_cached, len(tokens), n_cached)
-        for start in range(n_cached, len(tokens), self.config.n_batch):
-            batch = tokens[start : start + self.config.n_batch]
+        for start in range(n_cached, len(tokens), self._limits.n_batch):
+            batch = tokens[start : start + self._limits.n_batch]
             logits = self._run(batch, cancelled=cancelled)
             on_prompt(start + len(batch), len(tokens), n_cached)
         self.backend.set_n_threads(self.n_threads)
-        return logits[-1]
+        last: np.ndarray = logits[-1]
+        return last
 
     def decode(self, token: int) -> np.ndarray:
         """Append one token; returns its logits (n_vocab,), overwritten by the next call."""
-        return self._run([token])[-1]
+        row: np.ndarray = self._run([token])[0]
+        return row
 
     def evaluate(self, tokens: Sequence[int]) -> np.ndarray:
         """Append tokens, at most n_batch; returns the logits of each (n_tokens, n_vocab)."""
@@ -176,15 +183,15 @@ class Engine:
     ) -> np.ndarray:
         start = time.perf_counter_ns()
         position = self.n_past
-        cells = self._kv.cells.take(position, len(tokens))
-        self._kv.clear_visible()
-        shape = BatchShape(len(tokens), self._kv.cells.n_visible, all_outputs)
+        cells = self._parts.kv.cells.take(position, len(tokens))
+        self._parts.kv.clear_visible()
+        shape = BatchShape(len(tokens), self._parts.kv.cells.n_visible, all_outputs)
         graph = self._graphs.get(shape)
         graph.begin(np.asarray(tokens, np.int32), position, cells)
         try:
             logits = self._forward(graph, cancelled)
         except CancelledError:
-            self._kv.cells.truncate(position)
+            self._parts.kv.cells.truncate(position)
             raise
         self._tokens += tokens
         self._stats.add_compute(graph.compute_ns)
@@ -202,6 +209,14 @@ class Engine:
             self._stats.record(layer, plan)
         return graph.finish()
 
+    def _check_file(self) -> None:
+        change = self.file.find_change()
+        if change is not None and not change.is_data_intact:
+            raise ModelError(
+                f"{change.path} {change.description} since it was loaded; its weights can no "
+                "longer be trusted: load the model again"
+            )
+
     # the context
 
     def _reuse(self, tokens: Sequence[int]) -> int:
@@ -215,7 +230,7 @@ class Engine:
         return n
 
     def _truncate(self, n_past: int) -> None:
-        self._kv.cells.truncate(n_past)
+        self._parts.kv.cells.truncate(n_past)
         del self._tokens[n_past:]
 
     def _fit(self, tokens: list[int]) -> list[int]:
@@ -237,63 +252,24 @@ class Engine:
             return False
         n_keep = min(self.config.n_keep, self.n_ctx - 2)
         n_discard = (self.n_ctx - n_keep) // 2
-        moves = self._kv.cells.shift(n_keep, n_discard)
+        moves = self._parts.kv.cells.shift(n_keep, n_discard)
         context_shift.rotate_keys(self._parts, moves)
         del self._tokens[n_keep : n_keep + n_discard]
         return True
 
     # loading
 
-    def _choose_context(self) -> int:
-        trained = self.model_config.n_ctx_train
-        if not self.config.n_ctx:
-            n_ctx = min(trained, DEFAULT_MAX_CTX)
-            if n_ctx < trained:
-                self.notes += (f"The context is {n_ctx} of the model's {trained} tokens (-c).",)
-            return n_ctx
-        if self.config.n_ctx > trained:
+    def _allocate(self, owned: ExitStack) -> EngineParts:
+        config, limits = self.model_config, self._limits
+        weights = Weights(self.file, config, self.backend, limits.n_ctx)
+        owned.callback(weights.close)
+        kv = KVCache(self.backend, config, limits.n_ctx, limits.type_k, limits.type_v)
+        owned.callback(kv.close)
+        state = DeviceState(self.backend, config, limits.n_batch, limits.n_ctx)
+        owned.callback(state.close)
+        if weights.n_copied_bytes:
             self.notes += (
-                f"The model was trained on {trained} tokens of context; "
-                f"beyond them (-c {self.config.n_ctx}) its answers may get worse.",
+                f"{weights.n_copied_bytes / 1e9:.1f} GB of experts lie scattered in this file and "
+                "were copied to memory; converting it with a current llama.cpp avoids that.",
             )
-        return self.config.n_ctx
-
-    def _check_options(self) -> None:
-        if self.n_ctx < 2 or self.n_ctx > 1 << 24:
-            raise OptionError(f"-c {self.n_ctx}: expected 2 to {1 << 24} tokens")
-        if self.config.n_batch < 1:
-            raise OptionError(f"-b {self.config.n_batch}: expected at least 1 token")
-        for flag, n in (("-t", self.n_threads), ("-tb", self._n_threads_batch)):
-            if not 1 <= n <= 512:
-                raise OptionError(f"{flag} {n}: expected 1 to 512 threads")
-        for flag, name in (("-ctk", self.config.cache_type_k), ("-ctv", self.config.cache_type_v)):
-            kind = _cache_type(flag, name)
-            if self.model_config.n_embd_head % kind.block_size:
-                raise OptionError(
-                    f"{flag} {name} stores blocks of {kind.block_size} numbers, and this model's "
-                    f"heads have {self.model_config.n_embd_head}: use f16"
-                )
-
-    def _allocate(self) -> None:
-        config = self.model_config
-        self._weights = Weights(self.file, config, self.backend, self.n_ctx)
-        type_k = _cache_type("-ctk", self.config.cache_type_k)
-        type_v = _cache_type("-ctv", self.config.cache_type_v)
-        self._kv = KVCache(self.backend, config, self.n_ctx, type_k, type_v)
-        n_batch = min(self.config.n_batch, self.n_ctx)
-        self._state = DeviceState(self.backend, config, n_batch, self.n_ctx)
-        self._parts = EngineParts(self.backend, config, self._weights, self._kv, self._state)
-        largest = BatchShape(n_batch, padded_context(self.n_ctx), all_outputs=False)
-        self._graphs = GraphCache(self._parts, largest)
-        self._moe_layers = range(config.n_layer if config.n_expert else 0)
-        if self._weights.n_copied_bytes:
-            self.notes += (
-                f"{self._weights.n_copied_bytes / 1e9:.1f} GB of experts lie scattered in this "
-                "file and were copied to memory; a file made by a current llama.cpp avoids that.",
-            )
-
-
-def _cache_type(flag: str, name: str) -> GGMLType:
-    if name not in CACHE_TYPES:
-        raise OptionError(f"{flag} {name}: expected one of {', '.join(CACHE_TYPES)}")
-    return GGML_TYPES_BY_NAME[name.upper()]
+        return EngineParts(self.backend, config, weights, kv, state)

@@ -6,6 +6,7 @@ from pathlib import Path
 _CPUS = Path("/sys/devices/system/cpu")
 _MEMINFO = Path("/proc/meminfo")
 _CGROUPS = Path("/sys/fs/cgroup")
+_MEMBERSHIP = Path("/proc/self/cgroup")
 
 
 def n_physical_cores() -> int:
@@ -41,7 +42,7 @@ def _available() -> int | None:
 def _cgroup_limit() -> int | None:
     """The tightest limit on the way from this process's group to the root, v1 or v2."""
     limits = []
-    for line in _read(Path("/proc/self/cgroup")).splitlines():
+    for line in _read(_MEMBERSHIP).splitlines():
         _, controllers, group = line.split(":", 2)
         if controllers == "":
             limits += _limits_upward(_CGROUPS, group, "memory.max")

@@ -57,6 +57,7 @@ def _import_bindings() -> Any:
         import llama_cpp.llama_cpp as api
     except (ImportError, OSError, RuntimeError) as error:
         raise BackendError(
-            f"llama-cpp-python cannot be loaded: {error}. Reinstall it, or check LLAMA_CPP_LIB_PATH."
+            f"llama-cpp-python cannot be loaded: {error}."
+            " Reinstall it, or check LLAMA_CPP_LIB_PATH."
         ) from error
     return api

@@ -41,8 +41,13 @@ class ModelSizes:
     n_params: int
     n_params_active: int  # used for one token
     expert_bytes: tuple[int, ...]  # of one expert, per layer; empty in a dense model
+    n_params_one_expert: int  # as if every layer had a single expert, which is always used
     all_experts_bytes: int
     non_expert_bytes: int
+
+    @property
+    def n_bytes(self) -> int:
+        return self.all_experts_bytes + self.non_expert_bytes
 
 
 @dataclass(frozen=True)
@@ -103,17 +108,18 @@ def model_sizes(file: GGUFFile, config: "ModelConfig") -> ModelSizes:
     n_params = sum(tensor.n_elements for tensor in file.tensors.values())
     n_bytes = sum(tensor.n_bytes for tensor in file.tensors.values())
     if not config.is_moe:
-        return ModelSizes(n_params, n_params, (), 0, n_bytes)
+        return ModelSizes(n_params, n_params, (), n_params, 0, n_bytes)
     expert_bytes = tuple(
         expert_ranges(file, config, layer, 0).n_bytes for layer in range(config.n_layer)
     )
-    n_idle = config.n_expert - config.n_expert_used
-    n_params_idle = 3 * config.n_embd * config.n_ff_exp * n_idle * config.n_layer
+    n_params_expert = 3 * config.n_embd * config.n_ff_exp * config.n_layer
+    n_params_without = n_params - n_params_expert * config.n_expert
     all_experts_bytes = sum(expert_bytes) * config.n_expert
     return ModelSizes(
         n_params,
-        n_params - n_params_idle,
+        n_params_without + n_params_expert * config.n_expert_used,
         expert_bytes,
+        n_params_without + n_params_expert,
         all_experts_bytes,
         n_bytes - all_experts_bytes,
     )

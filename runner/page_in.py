@@ -31,6 +31,7 @@ def page_in(
         for start in range(0, len(pages), _CHUNK_BYTES):
             if cancelled():
                 raise CancelledError
+            file.will_need(shard, start, _CHUNK_BYTES)
             np.max(pages[start : start + _CHUNK_BYTES : mmap.PAGESIZE])
             done += min(_CHUNK_BYTES, len(pages) - start)
             on_progress("reading the model", done, file.size_bytes)

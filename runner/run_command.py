@@ -13,7 +13,7 @@ from runner import cli_options as options
 from runner.chat_view import ChatView
 from runner.cli_options import Params
 from runner.config import GenerateRequest
-from runner.errors import BuddyrunError, OptionError
+from runner.errors import BuddyrunError, InternalError, OptionError, WorkerDiedError
 from runner.model_path import find_model
 from runner.prompt import Prompt, join_prompt, read_pipe
 from runner.protocol import ModelInfo
@@ -83,9 +83,14 @@ def loaded_model(
         try:
             config = options.engine_config(params)
             info = client.load(path, config, template, progress(view))
+            view.status.clear()
+            yield client, info
+        except (InternalError, WorkerDiedError):
+            if params.get("verbose"):
+                print(visible(client.log), file=sys.stderr)
+            raise
         finally:
             view.status.clear()
-        yield client, info
 
 
 def _prompt(params: Params, words: list[str]) -> Prompt | None:

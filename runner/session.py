@@ -6,10 +6,12 @@ from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 
-from runner.chat_template import ChatTemplate
+from runner import speed_test
+from runner.chat_template import MERGED_SYSTEM_NOTE, ChatTemplate
 from runner.config import EngineConfig, GenerateRequest
 from runner.engine import Engine
-from runner.errors import CancelledError, OptionError
+from runner.errors import CancelledError, OptionError, TemplateError
+from runner.model_tensors import ModelSizes, model_sizes
 from runner.protocol import (
     BenchSample,
     BenchTest,
@@ -24,8 +26,6 @@ from runner.tokenizer import Tokenizer
 
 Cancelled = Callable[[], bool]
 Emit = Callable[[TextPiece | PromptProgress], None]
-
-_EXPERT_TENSOR = re.compile(r"blk\.\d+\.ffn_(gate|up|down)(_exps|\.\d+)\.")
 
 
 @dataclass(frozen=True)
@@ -103,14 +103,11 @@ class Session:
         neither tokenization nor sampling counts. Cancelled, it returns early.
         """
         model = self._loaded()
-        if repetitions < 1:
-            raise OptionError(f"-r {repetitions}: expected at least 1 repetition")
-        for test in tests:
-            _check_test(test, model.engine.n_ctx)
+        speed_test.check(tests, repetitions, model.engine.n_ctx)
         try:
             for test in tests:
-                tokens = _text_tokens(model.tokenizer, text, test.n_prompt + test.n_gen)
-                emit(_measure(model.engine, test, tokens, repetitions, cancelled))
+                tokens = speed_test.tokens_of(model.tokenizer, text, test.n_prompt + test.n_gen)
+                emit(speed_test.measure(model.engine, test, tokens, repetitions, cancelled))
         except CancelledError:
             pass
         finally:
@@ -193,61 +190,18 @@ def _prompt_tokens(model: LoadedModel, request: GenerateRequest) -> list[int]:
     return model.tokenizer.tokenize(text, add_special=True, parse_special=True)
 
 
-def _check_test(test: BenchTest, n_ctx: int) -> None:
-    n_tokens = test.n_prompt + test.n_gen
-    if test.n_prompt < 0 or test.n_gen < 0 or n_tokens == 0:
-        raise OptionError(f"-p {test.n_prompt} -n {test.n_gen}: expected at least 1 token in all")
-    if n_tokens > n_ctx:
-        raise OptionError(
-            f"-p {test.n_prompt} -n {test.n_gen}: {n_tokens} tokens do not fit the context of"
-            f" {n_ctx}; use a larger -c"
-        )
-
-
-def _text_tokens(tokenizer: Tokenizer, text: str, n_tokens: int) -> list[int]:
-    """The first `n_tokens` tokens of the text, with BOS if the model wants it."""
-    tokens = tokenizer.tokenize(text, add_special=True, parse_special=False)
-    again = tokenizer.tokenize(text, add_special=False, parse_special=False)
-    if not again:
-        raise OptionError("the text to measure with is empty")
-    while len(tokens) < n_tokens:
-        tokens += again
-    return tokens[:n_tokens]
-
-
-def _measure(
-    engine: Engine, test: BenchTest, tokens: list[int], repetitions: int, cancelled: Cancelled
-) -> BenchSample:
-    _run_test(engine, BenchTest(test.n_prompt, min(test.n_gen, 1)), tokens, cancelled)  # warm-up
-    samples_ns = []
-    for _ in range(repetitions):
-        samples_ns.append(_run_test(engine, test, tokens, cancelled))
-    return BenchSample(test.n_prompt, test.n_gen, tuple(samples_ns))
-
-
-def _run_test(engine: Engine, test: BenchTest, tokens: list[int], cancelled: Cancelled) -> int:
-    """The nanoseconds that the test takes from an empty context."""
-    engine.reset()
-    start = time.perf_counter_ns()
-    if test.n_prompt:
-        engine.prefill(tokens[: test.n_prompt], cancelled)
-    for token in tokens[test.n_prompt : test.n_prompt + test.n_gen]:
-        if cancelled():
-            raise CancelledError
-        engine.decode(token)
-    return time.perf_counter_ns() - start
-
-
 def _describe(path: str, model: LoadedModel, load_s: float) -> ModelInfo:
     engine, config = model.engine, model.engine.model_config
+    sizes = model_sizes(engine.file, config)
+    template_notes = (MERGED_SYSTEM_NOTE,) if _merges_system(model.template) else ()
     return ModelInfo(
         path=path,
         name=config.name,
-        description=f"{config.architecture} {_size_label(engine)} {config.file_type}",
+        description=f"{config.architecture} {_size_label(engine, sizes)} {config.file_type}",
         architecture=config.architecture,
         file_type=config.file_type,
-        n_params=_n_params(engine, is_expert=False) + _n_params(engine, is_expert=True),
-        size_bytes=sum(tensor.n_bytes for tensor in engine.file.tensors.values()),
+        n_params=sizes.n_params,
+        size_bytes=sizes.n_bytes,
         n_layer=config.n_layer,
         n_expert=config.n_expert,
         n_expert_used=config.n_expert_used,
@@ -261,31 +215,26 @@ def _describe(path: str, model: LoadedModel, load_s: float) -> ModelInfo:
         device=engine.device_name,
         load_s=load_s,
         ggml_version=engine.ggml_version,
-        notes=engine.notes + config.notes,
+        notes=engine.notes + template_notes,
     )
 
 
-def _size_label(engine: Engine) -> str:
+def _size_label(engine: Engine, sizes: ModelSizes) -> str:
     """The usual name of the size, "8x7B": with experts, what one dense model of them would have."""
     label = engine.file.metadata.get("general.size_label")
     if isinstance(label, str) and re.fullmatch(r"[\w.]{1,16}", label):
         return label
     n_expert = engine.model_config.n_expert
-    n_params = _n_params(engine, is_expert=False)
     if not n_expert:
-        return _short(n_params)
-    return f"{n_expert}x{_short(n_params + _n_params(engine, is_expert=True) // n_expert)}"
+        return _short(sizes.n_params)
+    return f"{n_expert}x{_short(sizes.n_params_one_expert)}"
 
 
-def _n_params(engine: Engine, is_expert: bool) -> int:
-    total = 0
-    for name, tensor in engine.file.tensors.items():
-        if bool(_EXPERT_TENSOR.match(name)) == is_expert:
-            n = 1
-            for length in tensor.shape:
-                n *= length
-            total += n
-    return total
+def _merges_system(template: ChatTemplate) -> bool:
+    try:
+        return template.merges_system
+    except TemplateError:
+        return False  # a broken template is reported when a conversation needs it
 
 
 def _short(n: int) -> str:

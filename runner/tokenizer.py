@@ -1,24 +1,26 @@
-"""Owns a model's vocabulary, loaded by llama.cpp without its weights: text to tokens and back.
+"""Owns llama.cpp's text side: a model's vocabulary, loaded without its weights, and the
+built-in chat templates, known by name ("llama3", "mistral-v1"). Knows no engine and no Jinja.
 
 Text that is not valid Unicode (lone surrogates from undecodable bytes) is tokenized as U+FFFD.
 """
 
 import codecs
 import ctypes
-from collections.abc import Sequence
-from functools import cached_property
+import functools
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
 import numpy as np
 
-from runner.errors import ModelError, OptionError
+from runner.errors import ModelError, OptionError, TemplateError
 from runner.llama_library import llama_library
 
 _NO_TOKEN = -1
 _MAX_TEXT_BYTES = 2**31 - 1024  # llama.cpp counts bytes and tokens in int32
 _PIECE_BYTES = 256
+_SLACK_BYTES = 4096  # for what a built-in template writes around the messages
 
 
 class Tokenizer:
@@ -74,7 +76,7 @@ class Tokenizer:
         """How the token that ends a text is written in chat templates; "" without one."""
         return self.token_text(self.eos)
 
-    @cached_property
+    @functools.cached_property
     def end_of_generation_tokens(self) -> tuple[int, ...]:
         """All tokens that end an answer, in order."""
         return tuple(t for t in range(self.n_vocab) if self.is_end_of_generation(t))
@@ -189,6 +191,37 @@ class Detokenizer:
         return self._decoder.decode(b"", final=True)
 
 
+@functools.cache
+def builtin_template_names() -> tuple[str, ...]:
+    """The names that `apply_builtin_template` knows."""
+    api = llama_library().api
+    n = api.llama_chat_builtin_templates(None, 0)
+    names = (ctypes.c_char_p * n)()
+    api.llama_chat_builtin_templates(names, n)
+    return tuple(name.decode() for name in names if name is not None)
+
+
+def apply_builtin_template(
+    name: str, messages: Sequence[Mapping[str, str]], add_generation_prompt: bool
+) -> str:
+    """The prompt that a built-in template makes of `messages`. Raises TemplateError."""
+    assert name in builtin_template_names()
+    api = llama_library().api
+    texts = [(_c_text(message["role"]), _c_text(message["content"])) for message in messages]
+    chat = (api.llama_chat_message * len(texts))(*texts)
+    size = 2 * sum(len(role) + len(content) for role, content in texts) + _SLACK_BYTES
+    while True:
+        buffer = ctypes.create_string_buffer(size)
+        n = api.llama_chat_apply_template(
+            name.encode(), chat, len(texts), add_generation_prompt, buffer, size
+        )
+        if n < 0:
+            raise TemplateError(f"llama.cpp's chat template {name!r} refused the conversation.")
+        if n <= size:
+            return buffer.raw[:n].decode("utf-8", "replace")
+        size = n
+
+
 def _load_vocabulary(path: Path) -> Any:
     library = llama_library()
     params = library.api.llama_model_default_params()
@@ -212,3 +245,8 @@ def _utf8(text: str) -> bytes:
         # Pairs of surrogates become the character they stand for, lone ones become U+FFFD.
         data = text.encode("utf-16", "surrogatepass")
         return data.decode("utf-16", "replace").encode("utf-8")
+
+
+def _c_text(text: str) -> bytes:
+    # A NUL would end the message early.
+    return text.replace("\0", "\N{REPLACEMENT CHARACTER}").encode("utf-8", "replace")

@@ -45,6 +45,8 @@ class FakeClient:
         self.n_cancels = 0
         self.n_restarts = 0
 
+    log = "the last words of the engine"
+
     def generate(
         self, request: GenerateRequest
     ) -> Iterator[TextPiece | PromptProgress | GenerateResult]:

@@ -32,6 +32,8 @@ HEAVY = ("llama_cpp", "quant.ggml", "torch", "numpy", "textual", "gguf")
 class ScriptedClient:
     """Stands in for `runner.client.Client`."""
 
+    log = "the last words of the engine"
+
     def __init__(self) -> None:
         self._cancelled = threading.Event()
 

@@ -3,11 +3,13 @@
 import csv
 import io
 import json
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from runner.bench import BenchRecord, BenchSetting, format_records, label_of_test, records
+from runner.bench_command import bench_text
 from runner.protocol import BenchSample
 from tests.runner.chat_fakes import INFO
 from tests.runner.command_line import BUDDYRUN, DEMO, buddyrun, buddyrun_process
@@ -104,7 +106,7 @@ def label_of_tests() -> None:
 
 
 def test_results_are_printed_as_they_come() -> None:
-    def samples():  # type: ignore[no-untyped-def]
+    def samples() -> Iterator[BenchSample]:
         yield SAMPLES[0]
         raise RuntimeError
 
@@ -159,3 +161,8 @@ def test_the_demo_model_is_measured() -> None:
     prompt, generation = json.loads(done.stdout)
     assert prompt["avg_ts"] > 0 and generation["avg_ts"] > 0
     assert prompt["model_n_params"] > 28_000_000
+
+
+def test_a_text_comes_with_the_package() -> None:
+    text, source = bench_text(None)
+    assert len(text) > 2000 and source == "buddyrun's bench.txt"

@@ -180,6 +180,12 @@ def test_a_dead_worker_is_explained_and_restarted_with_the_conversation_kept() -
     assert chat.contents == ["one", "1", "two", "2"]
 
 
+def test_verbose_adds_what_a_dead_worker_wrote() -> None:
+    died = [WorkerDiedError("dead")]
+    assert "last words" not in ScriptedChat(["one"], [died]).run()
+    assert "last words" in ScriptedChat(["one"], [died], settings=ChatSettings(verbose=True)).run()
+
+
 def test_the_text_before_a_death_is_kept() -> None:
     chat = ScriptedChat(["hi"], [["par", WorkerDiedError("dead")]])
     chat.run()

@@ -6,9 +6,9 @@ from collections.abc import Callable
 
 import pytest
 
-from runner.builtin_templates import builtin_template_names
 from runner.chat_template import CHATML, MERGED_SYSTEM_NOTE, ChatTemplate
 from runner.errors import TemplateError
+from runner.tokenizer import builtin_template_names
 
 SYSTEM = {"role": "system", "content": "Be brief."}
 USER = {"role": "user", "content": "Hello"}
@@ -34,7 +34,7 @@ def in_another_thread(work: Callable[[], object]) -> BaseException | None:
     def run() -> None:
         try:
             work()
-        except BaseException as error:  # noqa: BLE001 - handed to the test
+        except BaseException as error:
             raised.append(error)
 
     thread = threading.Thread(target=run)

@@ -189,3 +189,17 @@ def test_show_refuses_what_is_no_model(tmp_path: Path) -> None:
     done = buddyrun("show", str(path))
     assert done.returncode == 1
     assert done.stderr.startswith(b"buddyrun: ") and done.stdout == b""
+
+
+# What a shell asks for: the words typed so far, and which of them to complete.
+@pytest.mark.parametrize(
+    ("typed", "number", "expected"),
+    [
+        ("buddyrun de", "1", b"plain,demo\nfile,de\n"),
+        ("buddyrun run --te", "2", b"plain,--temp\nplain,--temperature\n"),
+        ("buddyrun show mod", "2", b"file,mod\n"),
+    ],
+)
+def test_a_shell_can_complete(typed: str, number: str, expected: bytes) -> None:
+    done = buddyrun(_BUDDYRUN_COMPLETE="bash_complete", COMP_WORDS=typed, COMP_CWORD=number)
+    assert done.stdout == expected

@@ -161,7 +161,7 @@ def test_an_unknown_kind_of_vocabulary_is_refused(tmp_path: Path) -> None:
 def test_a_file_that_is_no_gguf_is_refused_in_llama_cpps_words(tmp_path: Path) -> None:
     path = tmp_path / "model.gguf"
     path.write_bytes(b"not a model at all")
-    with pytest.raises(ModelError, match="cannot be loaded. llama.cpp says: .*magic"):
+    with pytest.raises(ModelError, match=r"cannot be loaded\. llama\.cpp says: .*magic"):
         Tokenizer(path)
 
 
