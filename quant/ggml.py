@@ -9,8 +9,8 @@ import importlib.util
 import os
 import re
 import sys
-from ctypes import POINTER, c_bool, c_char_p, c_float, c_int, c_int32, c_int64, c_size_t, c_void_p
 from collections.abc import Callable
+from ctypes import POINTER, c_bool, c_char_p, c_float, c_int, c_int32, c_int64, c_size_t, c_void_p
 from functools import cache
 from pathlib import Path
 from types import TracebackType
@@ -281,7 +281,7 @@ class Buffer(_Owner):
     def place(self, tensor: Tensor, offset: int) -> None:
         """Give `tensor` its memory, `offset` bytes from the buffer's start."""
         n_bytes = self.ggml.nbytes(tensor.pointer)
-        assert 0 <= offset and offset + n_bytes <= self.n_bytes, (offset, n_bytes, self.n_bytes)
+        assert offset >= 0 and offset + n_bytes <= self.n_bytes, (offset, n_bytes, self.n_bytes)
         base = self.ggml.backend_buffer_get_base(self.handle)
         check(self.ggml.backend_tensor_alloc(self.handle, tensor.pointer, base + offset))
 

@@ -175,7 +175,11 @@ class Graph:
     def flash_attention(
         self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scale: float
     ) -> Tensor:
-        """q (head, n, n_head), k and v (head, n_kv, n_head_kv), mask f16 (n_kv, n) -> (head, n_head, n)."""
+        """softmax(q k + mask) v for every head; head = n_embd_head.
+
+        q (head, n, n_head); k, v (head, n_kv, n_head_kv); mask float16 (n_kv, n), 0 or -inf.
+        Returns (head, n_head, n).
+        """
         return self._op("flash_attn_ext", q, k, v, mask, scale, 0.0, 0.0)
 
     def _op(self, name: str, *arguments: "Tensor | int | float") -> Tensor:

@@ -14,7 +14,7 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
 from runner.protocol import BenchSample, ModelInfo
-from runner.terminal_text import visible_line
+from runner.terminal.terminal_text import visible_line
 
 _BACKEND = "CPU"  # the only one that the engine runs on
 

@@ -8,10 +8,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from runner.chat_commands import ChatCommands, ChatState, Next
-from runner.chat_input import Reader, without_quotes
-from runner.chat_view import AnswerPrinter, ChatView
-from runner.conversation import Conversation
 from runner.errors import (
     BuddyrunError,
     CancelledError,
@@ -19,9 +15,13 @@ from runner.errors import (
     InternalError,
     WorkerDiedError,
 )
-from runner.interrupts import SecondInterrupt, first_interrupt_calls
 from runner.protocol import GenerateResult, ModelInfo, PromptProgress, TextPiece
-from runner.terminal_text import storable
+from runner.terminal.chat_commands import ChatCommands, ChatState, Next
+from runner.terminal.chat_input import Reader, without_quotes
+from runner.terminal.chat_view import AnswerPrinter, ChatView
+from runner.terminal.conversation import Conversation
+from runner.terminal.interrupts import SecondInterrupt, first_interrupt_calls
+from runner.terminal.terminal_text import storable
 
 if TYPE_CHECKING:
     from runner.client import Client

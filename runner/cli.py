@@ -12,11 +12,11 @@ from typing import Any, NoReturn
 
 import click
 
-from runner import cli_options as options
-from runner.cli_options import Params
-from runner.command_group import DefaultGroup, SectionedCommand
 from runner.errors import BuddyrunError
-from runner.terminal_text import visible
+from runner.terminal import cli_options as options
+from runner.terminal.cli_options import Params
+from runner.terminal.command_group import DefaultGroup, SectionedCommand
+from runner.terminal.terminal_text import visible
 
 NAME = "buddyrun"
 EXIT_PROBLEM, EXIT_INTERRUPTED, EXIT_BROKEN_PIPE = 1, 130, 141
@@ -115,24 +115,16 @@ def _complain_of_bug(error: Exception, arguments: list[str]) -> int:
     )
 
 
-def version() -> str:
-    """The installed version."""
-    from importlib.metadata import PackageNotFoundError, version
-
-    try:
-        return version(NAME)
-    except PackageNotFoundError:
-        return "(not installed)"
-
-
 def _show_version(context: click.Context, param: click.Parameter, value: bool) -> None:
     if value:
+        from runner.version import version
+
         click.echo(f"{NAME} {version()}")
         context.exit()
 
 
 def _run_command(**params: Any) -> None:
-    from runner.run_command import run_model
+    from runner.terminal.run_command import run_model
 
     words = list(params["words"])
     context = click.get_current_context()
@@ -146,20 +138,20 @@ def _run_command(**params: Any) -> None:
 
 
 def _demo_command(**params: Any) -> None:
-    from runner.run_command import demo_model, run_model
+    from runner.terminal.run_command import demo_model, run_model
 
     params["model"] = str(demo_model())
     run_model(params, list(params["words"]), os.environ, [])
 
 
 def _show_command(**params: Any) -> None:
-    from runner.run_command import show_model
+    from runner.terminal.run_command import show_model
 
     show_model(_chosen_model(params), params["as_json"], params["template"])
 
 
 def _bench_command(**params: Any) -> None:
-    from runner.bench_command import bench_model
+    from runner.terminal.bench_command import bench_model
 
     bench_model(_chosen_model(params), params)
 

@@ -11,6 +11,8 @@ from typing import Any, Self
 from runner import errors, protocol
 from runner.config import EngineConfig, GenerateRequest
 from runner.errors import BuddyrunError, CancelledError, InternalError, WorkerDiedError
+from runner.process.worker_death import Circumstances, explain
+from runner.process.worker_process import WorkerProcess
 from runner.protocol import (
     BenchFields,
     BenchSample,
@@ -23,8 +25,6 @@ from runner.protocol import (
     PromptProgress,
     TextPiece,
 )
-from runner.worker_death import Circumstances, explain
-from runner.worker_process import WorkerProcess
 
 LAST_REPLIES = ("loaded", "done", "bench_done", "stats", "error")
 POLL_S = 0.5  # Windows lets Ctrl-C through only between waits

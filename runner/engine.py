@@ -16,12 +16,12 @@ from quant.ggml import Backend
 from quant.gguf_file import GGUFFile
 from runner import context_shift, miss_policy
 from runner.batch_graph import BatchGraph, BatchShape, DeviceState, EngineParts
+from runner.checks.read_model import read_model
 from runner.config import EngineConfig
 from runner.engine_limits import choose_limits
 from runner.errors import CancelledError, ContextFullError, ModelError, OptionError
 from runner.graph_cache import GraphCache
 from runner.kv_cache import KVCache, padded_context
-from runner.model_config import ModelConfig
 from runner.page_in import page_in
 from runner.stats import StatsRecorder, StatsSnapshot
 from runner.weights import Weights
@@ -56,7 +56,7 @@ class Engine:
         self.config = config
         with ExitStack() as owned:
             self.file = owned.enter_context(GGUFFile.open(path))
-            self.model_config = ModelConfig.from_gguf(self.file)
+            self.model_config = read_model(self.file)
             self._limits = choose_limits(config, self.model_config)
             self.notes = self.model_config.notes + self._limits.notes
             self.backend = owned.enter_context(Backend.cpu(self._limits.n_threads))

@@ -105,8 +105,6 @@ def route(
     chosen = g.reshape_2d(chosen, k, n)
     total = g.clamp(g.sum_rows(chosen), _SMALLEST_WEIGHT_SUM, float("inf"))
     normalised = g.div(chosen, total)
-    if config.expert_weights_scale not in (0.0, 1.0):
-        normalised = g.scale(normalised, config.expert_weights_scale)
     g.copy(ids, out.expert_ids)
     g.copy(normalised, out.weights)
 

@@ -9,7 +9,7 @@ Requests, client to worker
     generate  {request: {GenerateRequest fields}}
     bench     {tests: [{n_prompt, n_gen}], repetitions, text: text}
     stats     {}
-    cancel    {target: id}                     ends a running generate, bench or load early; no reply
+    cancel    {target: id}                     ends a running generate, bench or load; no reply
     shutdown  {}                               no reply; the worker exits with status 0
 
 Replies, worker to client
@@ -17,7 +17,7 @@ Replies, worker to client
     progress         {stage: text, done: int, total: int}        while loading, any number of times
     loaded           {info: {ModelInfo fields}}                  ends load
     prompt_progress  {done: int, total: int, n_cached: int}      tokens, after every prompt batch
-    text             {text: text, n_tokens: int}                 a piece of the answer; n_tokens so far
+    text             {text: text, n_tokens: int}                 a piece of the answer
     done             {result: {GenerateResult fields}}           ends generate
     bench_result     {n_prompt, n_gen, samples_ns: [int]}        after every test
     bench_done       {}                                          ends bench
@@ -172,7 +172,7 @@ def receive(connection: Connection) -> Message:
     except RecursionError as error:
         raise ValueError("not a message: nested too deeply") from error
     if not isinstance(message, dict) or not isinstance(message.get("type"), str):
-        raise ValueError(f"not a message: {data[:80]!r}")  # noqa: TRY004
+        raise ValueError(f"not a message: {data[:80]!r}")
     return message
 
 

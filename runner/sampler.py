@@ -16,11 +16,11 @@ from typing import Any, Self
 
 import numpy as np
 
+from runner.checks.grammar import ROOT, check_grammar, grammar_from_schema
+from runner.checks.sampling_check import RANDOM_SEED, check_sampling
 from runner.config import SamplingConfig
 from runner.errors import BuddyrunError, OptionError
-from runner.grammar import ROOT, check_grammar, grammar_from_schema
 from runner.llama_library import llama_library
-from runner.sampling_check import RANDOM_SEED, check_sampling
 from runner.tokenizer import Tokenizer
 
 _WHOLE_CONTEXT = 1 << 17  # tokens looked back at where a length is -1

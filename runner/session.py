@@ -11,7 +11,7 @@ from runner.chat_template import MERGED_SYSTEM_NOTE, ChatTemplate
 from runner.config import EngineConfig, GenerateRequest
 from runner.engine import Engine
 from runner.errors import CancelledError, OptionError, TemplateError
-from runner.model_tensors import ModelSizes, model_sizes
+from runner.model_sizes import ModelSizes, model_sizes
 from runner.protocol import (
     BenchSample,
     BenchTest,

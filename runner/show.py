@@ -4,9 +4,9 @@ from collections import Counter
 from dataclasses import dataclass
 
 from quant.gguf_file import GGUFFile
+from runner.checks.model_keys import ModelKeys
 from runner.model_config import ModelConfig
-from runner.model_keys import ModelKeys
-from runner.model_tensors import kv_bytes_per_token, model_sizes
+from runner.model_sizes import kv_bytes_per_token, model_sizes
 
 _CACHE_TYPES = ("f16", "q8_0")
 _INDENT = "    "

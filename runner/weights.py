@@ -1,7 +1,7 @@
 """The model's weights as device tensors, used in place over the mapped file. Knows no graph."""
 
-from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 
@@ -138,10 +138,6 @@ def _even_stride(infos: list[TensorInfo]) -> int | None:
     if len(infos) == 1:
         return infos[0].n_bytes
     same_shard = all(info.shard == infos[0].shard for info in infos)
-    steps = {b.offset - a.offset for a, b in _pairs(infos)}
+    steps = {b.offset - a.offset for a, b in pairwise(infos)}
     stride = steps.pop()
     return stride if same_shard and not steps and stride >= infos[0].n_bytes else None
-
-
-def _pairs(infos: list[TensorInfo]) -> Iterator[tuple[TensorInfo, TensorInfo]]:
-    return zip(infos, infos[1:], strict=False)

@@ -1,10 +1,11 @@
-"""The engine's process: takes requests from one client and answers. Knows no terminal and no kernel.
+"""The engine's process: takes requests from one client and answers. Knows no terminal.
 
 The main thread loads, generates and measures, one job at a time (time limits by signals need it).
 A reader thread takes the messages, so that `cancel` and `stats` work while the main thread
 computes, and ends the process at once when the client is gone.
 """
 
+import contextlib
 import faulthandler
 import os
 import secrets
@@ -27,8 +28,8 @@ from runner.errors import (
     InternalError,
     OptionError,
 )
+from runner.process.worker_home import Home, accept, announce
 from runner.protocol import BenchSample, BenchTest, GenerateResult, Message, ModelInfo
-from runner.worker_home import Home, accept, announce
 
 CLIENT_WAIT_S = 60.0  # a worker that nobody has called for so long exits
 JOBS = ("load", "generate", "bench")
@@ -96,7 +97,7 @@ def serve(home: Home, listener: Listener, session_factory: Callable[[], SessionL
             nobody_came.cancel()
             home.close(listener)
             desk.read_requests()
-        except Exception:  # noqa: BLE001  the edge of the process: nobody would hear the client
+        except Exception:
             traceback.print_exc()
             home.leave(1)
         home.leave(0)
@@ -239,7 +240,7 @@ class Desk:
         except MemoryError:
             traceback.print_exc()
             reply = _error(BackendError("not enough memory for this; a smaller context needs less"))
-        except Exception as error:  # noqa: BLE001  the edge of the process
+        except Exception as error:
             traceback.print_exc()
             reply = _error(InternalError(f"{type(error).__name__}: {error}"))
         if finish is not None:
@@ -254,11 +255,9 @@ class Desk:
 
     def _send(self, message: Message) -> None:
         assert self.connection is not None
-        with self._send_lock:
-            try:
-                protocol.send(self.connection, message)
-            except OSError:
-                pass  # the client is gone: the reader thread sees it too and ends the process
+        # When the client is gone the reader thread sees it too and ends the process.
+        with self._send_lock, contextlib.suppress(OSError):
+            protocol.send(self.connection, message)
 
 
 def _body(message: Message) -> Message:

@@ -2,16 +2,12 @@
 
 import ctypes
 from pathlib import Path
-from types import TracebackType
 from typing import Self
 
 import numpy as np
 from llama_cpp import llama_cpp as C
 
-
-@C.llama_log_callback
-def _quiet(*_: object) -> None:
-    pass
+from runner.llama_library import llama_library
 
 
 class LlamaCpp:
@@ -21,7 +17,7 @@ class LlamaCpp:
         self, path: Path, n_ctx: int = 1024, n_batch: int = 512, n_threads: int = 2,
         repack: bool = False,
     ) -> None:  # fmt: skip
-        C.llama_log_set(_quiet, ctypes.c_void_p(0))
+        llama_library()  # keeps llama.cpp's log quiet
         model_params = C.llama_model_default_params()
         model_params.use_extra_bufts = repack
         self.model = C.llama_model_load_from_file(str(path).encode(), model_params)
@@ -36,9 +32,7 @@ class LlamaCpp:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:  # fmt: skip
+    def __exit__(self, *_: object) -> None:
         C.llama_free(self.context)
         C.llama_model_free(self.model)
 
@@ -76,7 +70,7 @@ class LlamaCpp:
 
 def quantize(source: Path, target: Path, file_type: int) -> Path:
     """llama.cpp's own quantizer; `file_type` is its LLAMA_FTYPE number."""
-    C.llama_log_set(_quiet, ctypes.c_void_p(0))
+    llama_library()
     params = C.llama_model_quantize_default_params()
     params.ftype, params.nthread, params.allow_requantize = file_type, 2, True
     status = C.llama_model_quantize(

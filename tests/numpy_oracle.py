@@ -1,4 +1,4 @@
-"""The `llama` architecture once more in plain numpy float32, for what llama.cpp has no answer to."""
+"""The `llama` architecture once more in numpy float32, for what llama.cpp does not do."""
 
 from pathlib import Path
 

@@ -7,12 +7,12 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any, cast
 
 from runner.chat import Chat
-from runner.chat_view import ChatView
 from runner.client import Client
 from runner.config import GenerateRequest
-from runner.conversation import ChatSettings, Conversation
-from runner.history import LineHistory
 from runner.protocol import GenerateResult, ModelInfo, PromptProgress, TextPiece
+from runner.terminal.chat_view import ChatView
+from runner.terminal.conversation import ChatSettings, Conversation
+from runner.terminal.history import LineHistory
 
 INFO = ModelInfo(
     path="/models/fake.gguf", name="Fake \x1b[31m8x1B", description="llama 8x1B Q8_0",

@@ -1,4 +1,4 @@
-"""A session without a model for tests of the process boundary: a request's prompt says what to do."""
+"""A session without a model, to test the process boundary: the prompt says what to do."""
 
 import hashlib
 import mmap

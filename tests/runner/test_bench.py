@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 
 from runner.bench import BenchRecord, BenchSetting, format_records, label_of_test, records
-from runner.bench_command import bench_text
 from runner.protocol import BenchSample
+from runner.terminal.bench_command import bench_text
 from tests.runner.chat_fakes import INFO
 from tests.runner.command_line import BUDDYRUN, DEMO, buddyrun, buddyrun_process
 

@@ -7,9 +7,7 @@ from dataclasses import replace
 import pytest
 
 from runner.chat import HOW_TO_LEAVE
-from runner.chat_view import ChatView
 from runner.config import SamplingConfig
-from runner.conversation import ChatSettings
 from runner.errors import (
     CancelledError,
     ContextFullError,
@@ -17,8 +15,10 @@ from runner.errors import (
     TemplateError,
     WorkerDiedError,
 )
-from runner.interrupts import SecondInterrupt
 from runner.protocol import PromptProgress
+from runner.terminal.chat_view import ChatView
+from runner.terminal.conversation import ChatSettings
+from runner.terminal.interrupts import SecondInterrupt
 from tests.runner.chat_fakes import INFO, ScriptedChat, press_ctrl_c, result
 
 

@@ -11,7 +11,6 @@ from pathlib import Path
 
 import pytest
 
-from runner import worker_process
 from runner.client import Client
 from runner.config import EngineConfig, GenerateRequest
 from runner.errors import (
@@ -22,6 +21,7 @@ from runner.errors import (
     ModelError,
     OptionError,
 )
+from runner.process import worker_process
 from runner.protocol import (
     MAX_MESSAGE_BYTES,
     BenchSample,

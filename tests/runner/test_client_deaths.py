@@ -12,10 +12,10 @@ from pathlib import Path
 import psutil
 import pytest
 
-from runner import worker_process
 from runner.client import Client
 from runner.config import EngineConfig, GenerateRequest
 from runner.errors import WorkerDiedError
+from runner.process import worker_process
 
 ROOT = Path(__file__).resolve().parents[2]
 HERE = Path(__file__).parent
@@ -191,7 +191,7 @@ def assert_ends(worker, seconds=2):
 PARENT = """
 import sys
 sys.path.insert(0, {root!r})
-from runner import worker_process
+from runner.process import worker_process
 from runner.client import Client
 from runner.config import GenerateRequest
 worker_process.PROGRAM = {program!r}

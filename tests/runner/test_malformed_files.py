@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 
 from quant.errors import BuddyrunError, GGUFError
 from quant.gguf_file import GGUFFile
+from runner.checks.read_model import read_model
 from runner.model_config import ModelConfig
 from runner.show import describe, format_text
 from tests.gguf_writer import small_mixtral, write_small_mixtral
@@ -27,7 +28,7 @@ CHECKOUT = Path(__file__).parents[2]
 
 def open_model(path: Path) -> ModelConfig:
     with GGUFFile.open(path) as file:
-        config = ModelConfig.from_gguf(file)
+        config = read_model(file)
         format_text(describe(file, config, template=True))
         return config
 
@@ -68,12 +69,12 @@ def test_the_sparse_and_the_crowded_files_stay_within_the_process_limit(tmp_path
         "import resource, sys\n"
         "from quant.errors import BuddyrunError\n"
         "from quant.gguf_file import GGUFFile\n"
-        "from runner.model_config import ModelConfig\n"
+        "from runner.checks.read_model import read_model\n"
         "used = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss\n"
         "before = used()\n"
         "for path in sys.argv[1:]:\n"
         "    try:\n"
-        "        ModelConfig.from_gguf(GGUFFile.open(path))\n"
+        "        read_model(GGUFFile.open(path))\n"
         "        sys.exit('accepted ' + path)\n"
         "    except BuddyrunError:\n"
         "        pass\n"

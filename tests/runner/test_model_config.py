@@ -14,9 +14,11 @@ import pytest
 from numpy.typing import NDArray
 
 from quant.gguf_file import GGUFFile
+from runner.checks.model_tensors import check_norms
+from runner.checks.read_model import read_model
 from runner.errors import ModelError
-from runner.model_config import ModelConfig, RopeConfig, check_norms, expert_ranges
-from runner.model_tensors import kv_bytes_per_token, model_sizes
+from runner.model_config import ModelConfig, RopeConfig
+from runner.model_sizes import expert_ranges, kv_bytes_per_token, model_sizes
 from runner.show import bytes_text, count_text, describe, format_text
 from tests.gguf_writer import (
     ARR,
@@ -44,7 +46,7 @@ def path(tmp_path: Path) -> Path:
 def load(path: Path, made: Gguf) -> tuple[GGUFFile, ModelConfig]:
     path.write_bytes(made.packed())
     file = GGUFFile.open(path)
-    return file, ModelConfig.from_gguf(file)
+    return file, read_model(file)
 
 
 def config_of(path: Path, made: Gguf) -> ModelConfig:
@@ -213,7 +215,7 @@ def test_the_ranges_of_an_expert_hold_its_weights(path: Path, old_layout: bool) 
 def test_experts_of_a_split_file_lie_in_their_shards(tmp_path: Path) -> None:
     first = write_shards(tmp_path / "m.gguf", split_gguf(small_mixtral(), 4))
     with GGUFFile.open(first) as file:
-        config = ModelConfig.from_gguf(file)
+        config = read_model(file)
         shards = {expert_ranges(file, config, layer, 0).down.shard for layer in range(2)}
         assert len(shards) == 2
 
@@ -301,7 +303,7 @@ def test_show_leaves_out_what_a_dense_model_has_not(path: Path) -> None:
 def test_show_lists_the_shards(tmp_path: Path) -> None:
     first = write_shards(tmp_path / "m.gguf", split_gguf(small_mixtral(), 3))
     with GGUFFile.open(first) as file:
-        text = format_text(describe(file, ModelConfig.from_gguf(file)))
+        text = format_text(describe(file, read_model(file)))
     assert "m-00003-of-00003.gguf" in text
 
 

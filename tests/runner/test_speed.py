@@ -1,4 +1,4 @@
-"""Speed and memory beside llama.cpp on a model of real shape; `tests.compare_speed` has the figures.
+"""Speed and memory beside llama.cpp at a real size; `tests.compare_speed` has the figures.
 
 The limits here leave room for a busy machine: they catch what is broken, not what is a little slow.
 """

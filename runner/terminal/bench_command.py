@@ -5,22 +5,22 @@ from collections.abc import Iterator
 from datetime import UTC, datetime
 from pathlib import Path
 
-from runner import cli_options as options
 from runner.bench import BenchSetting, format_records, label_of_test, records
-from runner.chat_view import ChatView
-from runner.cli_options import Params
 from runner.errors import BuddyrunError, OptionError
-from runner.model_path import find_model
 from runner.protocol import BenchSample, BenchTest
-from runner.run_command import loaded_model
-from runner.terminal_text import storable
+from runner.terminal import cli_options as options
+from runner.terminal.chat_view import ChatView
+from runner.terminal.cli_options import Params
+from runner.terminal.model_path import find_model
+from runner.terminal.run_command import loaded_model
+from runner.terminal.terminal_text import storable
 
 _DEFAULT_TEXT = "bench.txt"
 
 
 def bench_model(model: str, params: Params) -> None:
     """Print the speed of a model. Raises BuddyrunError."""
-    from runner.cli import version
+    from runner.version import version
 
     path = find_model(storable(model), [])
     tests = [BenchTest(n, 0) for n in params["prompts"] if n]
@@ -42,7 +42,7 @@ def bench_text(file: str | None) -> tuple[str, str]:
     """The text to measure with and its name. Raises OptionError."""
     if file:
         return options.read_text(file, "the text"), Path(file).name
-    path = Path(__file__).parent / "demo" / _DEFAULT_TEXT
+    path = Path(__file__).parents[1] / "demo" / _DEFAULT_TEXT
     if not path.is_file():
         raise BuddyrunError(f"this installation lacks {path}; give a text with --text FILE")
     return options.read_text(str(path), "the text"), f"buddyrun's {_DEFAULT_TEXT}"

@@ -1,4 +1,4 @@
-"""One worker process as its parent sees it: start, messages in and out, log, end. Knows no request."""
+"""One worker process as its parent sees it: start, messages, log, end. Knows no request."""
 
 import json
 import subprocess
@@ -43,7 +43,7 @@ class WorkerProcess:
         self._threads = [self._start(self._drain_log), self._start(self._read)]
 
     def _spawn(self, program: str) -> subprocess.Popen[bytes]:
-        root = str(Path(__file__).resolve().parents[1])
+        root = str(Path(__file__).resolve().parents[2])
         code = _FIND_PACKAGES.format(root=root) + program
         return subprocess.Popen(
             [sys.executable, "-P", "-c", code, str(self._directory)],

@@ -3,10 +3,10 @@
 import time
 from typing import TYPE_CHECKING, TextIO
 
-from runner.chat_view import ChatView, eight_labels, summary
 from runner.config import GenerateRequest
 from runner.protocol import GenerateResult, ModelInfo, PromptProgress, TextPiece
-from runner.terminal_text import visible
+from runner.terminal.chat_view import ChatView, eight_labels, summary
+from runner.terminal.terminal_text import visible
 
 if TYPE_CHECKING:
     from runner.client import Client

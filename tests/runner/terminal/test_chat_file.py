@@ -10,9 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from runner.chat_file import FORMAT, ChatFileError, load_chat, save_chat
 from runner.config import SamplingConfig
-from runner.conversation import ChatSettings
+from runner.terminal.chat_file import FORMAT, ChatFileError, load_chat, save_chat
+from runner.terminal.conversation import ChatSettings
 from tests.runner.chat_fakes import ScriptedChat
 
 MESSAGES = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "yo\x1b\ud800"}]
@@ -132,7 +132,7 @@ def test_a_write_that_the_system_refuses_leaves_the_old_chat(tmp_path: Path) -> 
     save_chat(path, MESSAGES, ChatSettings(), "old")
     before = path.read_bytes()
     script = (
-        "import sys; from pathlib import Path; from runner.chat_file import *\n"
+        "import sys; from pathlib import Path; from runner.terminal.chat_file import *\n"
         "message = [{'role': 'user', 'content': 'x' * 100_000}]\n"
         "try: save_chat(Path(sys.argv[1]), message, ChatSettings(), 'new')\n"
         "except ChatFileError as error: sys.exit(str(error))\n"

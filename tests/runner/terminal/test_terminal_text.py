@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from runner.terminal_text import storable, visible, visible_line
+from runner.terminal.terminal_text import storable, visible, visible_line
 
 HARMFUL = {
     "\x1b[2J": "␛[2J",

@@ -9,8 +9,8 @@ from collections.abc import Iterator
 import numpy as np
 
 from quant.gguf_file import GGUFFile, MetadataArray
+from runner.checks.model_keys import ModelKeys, shown
 from runner.errors import ModelError
-from runner.model_keys import ModelKeys, shown
 
 MAX_TOKEN_BYTES = 1 << 16
 _P = "tokenizer.ggml."

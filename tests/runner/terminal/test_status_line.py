@@ -3,7 +3,7 @@
 import io
 import re
 
-from runner.status_line import StatusLine
+from runner.terminal.status_line import StatusLine
 
 
 def displayed(raw: str) -> list[str]:

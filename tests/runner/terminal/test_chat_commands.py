@@ -4,8 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from runner.chat_commands import COMMANDS, complete
-from runner.conversation import ChatSettings
+from runner.terminal.chat_commands import COMMANDS, complete
+from runner.terminal.conversation import ChatSettings
 from tests.runner.chat_fakes import ScriptedChat
 
 

@@ -1,53 +1,21 @@
-"""The tensors of a model: which must be there, their shapes, types, ranges and sizes."""
+"""The tensors of a model: which must be there, with which shapes, types and values."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import numpy as np
 
 from quant.ggml_types import GGML_TYPES_BY_NAME
 from quant.gguf_cursor import shown
-from quant.gguf_file import ByteRange, GGUFFile, TensorInfo
+from quant.gguf_file import GGUFFile, TensorInfo
 from runner.errors import ModelError
-
-if TYPE_CHECKING:
-    from runner.model_config import ModelConfig
+from runner.model_config import ModelConfig
 
 F32_ONLY = frozenset({"F32"})
 # ggml's mul_mat and get_rows take every type but plain integers, doubles and activation formats.
 MATRIX_TYPES = frozenset(GGML_TYPES_BY_NAME) - {"I8", "I16", "I32", "I64", "F64", "Q8_1", "Q8_K"}
 
 _PROJECTIONS = ("gate", "up", "down")
-
-
-@dataclass(frozen=True)
-class ExpertRanges:
-    """Where the three matrices of one expert lie."""
-
-    gate: ByteRange
-    up: ByteRange
-    down: ByteRange
-
-    @property
-    def n_bytes(self) -> int:
-        return self.gate.n_bytes + self.up.n_bytes + self.down.n_bytes
-
-
-@dataclass(frozen=True)
-class ModelSizes:
-    """How large the parts of a model are."""
-
-    n_params: int
-    n_params_active: int  # used for one token
-    expert_bytes: tuple[int, ...]  # of one expert, per layer; empty in a dense model
-    n_params_one_expert: int  # as if every layer had a single expert, which is always used
-    all_experts_bytes: int
-    non_expert_bytes: int
-
-    @property
-    def n_bytes(self) -> int:
-        return self.all_experts_bytes + self.non_expert_bytes
 
 
 @dataclass(frozen=True)
@@ -60,7 +28,7 @@ class _Wanted:
     is_optional: bool = False
 
 
-def check_tensors(file: GGUFFile, config: "ModelConfig") -> None:
+def check_tensors(file: GGUFFile, config: ModelConfig) -> None:
     """Raise ModelError unless the file has exactly the tensors that the model's shape asks for."""
     known = set()
     for wanted in _wanted_tensors(config):
@@ -75,7 +43,7 @@ def check_tensors(file: GGUFFile, config: "ModelConfig") -> None:
         )
 
 
-def check_norms(file: GGUFFile, config: "ModelConfig") -> None:
+def check_norms(file: GGUFFile, config: ModelConfig) -> None:
     """Read the norms, biases and rope factors; raise ModelError for a NaN or an infinity.
 
     Reads about 2 x n_layer x n_embd x 4 bytes with `pread`.
@@ -94,56 +62,7 @@ def check_norms(file: GGUFFile, config: "ModelConfig") -> None:
             raise _tensor_error(file, info, f"the value {values[at]} at index {at}", "a number")
 
 
-def expert_ranges(file: GGUFFile, config: "ModelConfig", layer: int, expert: int) -> ExpertRanges:
-    """Where the matrices of `expert` in `layer` lie, in either layout."""
-    assert 0 <= expert < config.n_expert, expert
-    gate, up, down = (
-        _expert_range(file, config, layer, expert, projection) for projection in _PROJECTIONS
-    )
-    return ExpertRanges(gate, up, down)
-
-
-def model_sizes(file: GGUFFile, config: "ModelConfig") -> ModelSizes:
-    """Count parameters and bytes."""
-    n_params = sum(tensor.n_elements for tensor in file.tensors.values())
-    n_bytes = sum(tensor.n_bytes for tensor in file.tensors.values())
-    if not config.is_moe:
-        return ModelSizes(n_params, n_params, (), n_params, 0, n_bytes)
-    expert_bytes = tuple(
-        expert_ranges(file, config, layer, 0).n_bytes for layer in range(config.n_layer)
-    )
-    n_params_expert = 3 * config.n_embd * config.n_ff_exp * config.n_layer
-    n_params_without = n_params - n_params_expert * config.n_expert
-    all_experts_bytes = sum(expert_bytes) * config.n_expert
-    return ModelSizes(
-        n_params,
-        n_params_without + n_params_expert * config.n_expert_used,
-        expert_bytes,
-        n_params_without + n_params_expert,
-        all_experts_bytes,
-        n_bytes - all_experts_bytes,
-    )
-
-
-def kv_bytes_per_token(config: "ModelConfig", type_k: str = "f16", type_v: str = "f16") -> int:
-    """Bytes of keys and values of one token in all layers, for llama.cpp's cache type names."""
-    row = sum(
-        GGML_TYPES_BY_NAME[name.upper()].row_bytes(config.n_embd_kv) for name in (type_k, type_v)
-    )
-    return row * config.n_layer
-
-
-def _expert_range(
-    file: GGUFFile, config: "ModelConfig", layer: int, expert: int, projection: str
-) -> ByteRange:
-    if not config.has_merged_experts:
-        return file.tensors[f"blk.{layer}.ffn_{projection}.{expert}.weight"].range
-    merged = file.tensors[f"blk.{layer}.ffn_{projection}_exps.weight"]
-    n_bytes = merged.n_bytes // config.n_expert
-    return ByteRange(merged.shard, merged.offset + expert * n_bytes, n_bytes)
-
-
-def _wanted_tensors(config: "ModelConfig") -> Iterator[_Wanted]:
+def _wanted_tensors(config: ModelConfig) -> Iterator[_Wanted]:
     yield _Wanted("token_embd.weight", (config.n_embd, config.n_vocab))
     yield _Wanted("output_norm.weight", (config.n_embd,), F32_ONLY)
     yield _Wanted("output.weight", (config.n_embd, config.n_vocab), is_optional=True)
@@ -157,7 +76,7 @@ def _wanted_tensors(config: "ModelConfig") -> Iterator[_Wanted]:
         yield from ffn(config, f"blk.{layer}.")
 
 
-def _attention_tensors(config: "ModelConfig", p: str) -> Iterator[_Wanted]:
+def _attention_tensors(config: ModelConfig, p: str) -> Iterator[_Wanted]:
     n_embd, n_q, n_kv = config.n_embd, config.n_embd_q, config.n_embd_kv
     yield _Wanted(p + "attn_norm.weight", (n_embd,), F32_ONLY)
     for name, n_in, n_out in (
@@ -171,14 +90,14 @@ def _attention_tensors(config: "ModelConfig", p: str) -> Iterator[_Wanted]:
     yield _Wanted(p + "ffn_norm.weight", (n_embd,), F32_ONLY)
 
 
-def _dense_tensors(config: "ModelConfig", p: str) -> Iterator[_Wanted]:
+def _dense_tensors(config: ModelConfig, p: str) -> Iterator[_Wanted]:
     for projection in _PROJECTIONS:
         shape = _ffn_shape(config.n_embd, config.n_ff, projection)
         yield _Wanted(f"{p}ffn_{projection}.weight", shape)
         yield _Wanted(f"{p}ffn_{projection}.bias", shape[1:], F32_ONLY, is_optional=True)
 
 
-def _moe_tensors(config: "ModelConfig", p: str) -> Iterator[_Wanted]:
+def _moe_tensors(config: ModelConfig, p: str) -> Iterator[_Wanted]:
     yield _Wanted(p + "ffn_gate_inp.weight", (config.n_embd, config.n_expert))
     for projection in _PROJECTIONS:
         shape = _ffn_shape(config.n_embd, config.n_ff_exp, projection)

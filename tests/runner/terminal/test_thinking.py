@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from runner.thinking import ThinkingSplitter, without_thinking
+from runner.terminal.thinking import ThinkingSplitter, without_thinking
 
 
 def split(*pieces: str) -> tuple[str, str]:

@@ -7,10 +7,10 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from runner.conversation import ChatSettings, Message
 from runner.errors import BuddyrunError, OptionError
-from runner.sampling_options import N_PREDICT, SAMPLING_OPTIONS, SamplingOption
-from runner.terminal_text import storable
+from runner.terminal.conversation import ChatSettings, Message
+from runner.terminal.sampling_options import N_PREDICT, SAMPLING_OPTIONS, SamplingOption
+from runner.terminal.terminal_text import storable
 
 FORMAT = "buddyrun-chat"
 VERSION = 1

@@ -9,9 +9,9 @@ from collections.abc import Sequence
 from typing import TextIO
 
 from runner.protocol import GenerateResult, ModelInfo, PromptProgress
-from runner.status_line import StatusLine
-from runner.terminal_text import visible, visible_line
-from runner.thinking import Part, ThinkingSplitter
+from runner.terminal.status_line import StatusLine
+from runner.terminal.terminal_text import visible, visible_line
+from runner.terminal.thinking import Part, ThinkingSplitter
 
 CONTEXT_WARNING = 0.8  # share of the context from which on every answer ends with a warning
 _DIM, _BOLD, _YELLOW, _RESET = "\x1b[2m", "\x1b[1m", "\x1b[33m", "\x1b[0m"

@@ -11,7 +11,7 @@ import click
 
 from runner.config import DEFAULT_MAX_CTX, EngineConfig, SamplingConfig
 from runner.errors import OptionError
-from runner.sampling_options import N_PREDICT, SAMPLING_OPTIONS, SamplingOption, default_of
+from runner.terminal.sampling_options import N_PREDICT, SAMPLING_OPTIONS, SamplingOption, default_of
 
 ENVIRONMENT_PREFIX = "BUDDYRUN"
 FILE = click.Path(path_type=str)  # lets a shell complete file names

@@ -3,8 +3,8 @@
 from dataclasses import dataclass, field, replace
 
 from runner.config import GenerateRequest, SamplingConfig
-from runner.sampling_options import N_PREDICT, SamplingOption, Value
-from runner.thinking import without_thinking
+from runner.terminal.sampling_options import N_PREDICT, SamplingOption, Value
+from runner.terminal.thinking import without_thinking
 
 Message = dict[str, str]
 

@@ -5,8 +5,8 @@ import time
 
 import pytest
 
+from runner.checks.grammar import check_grammar, grammar_from_schema
 from runner.errors import OptionError
-from runner.grammar import check_grammar, grammar_from_schema
 
 NAMED_LIST = 'root ::= item ("," ws item)*\nitem ::= [a-z]+ # a name\nws ::= [ \\t]*\n'
 

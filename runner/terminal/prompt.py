@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 from runner.errors import OptionError
-from runner.terminal_text import storable
+from runner.terminal.terminal_text import storable
 
 MAX_BYTES = 64 << 20
 

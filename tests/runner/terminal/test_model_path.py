@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from runner.errors import ModelError
-from runner.model_path import find_model
+from runner.terminal.model_path import find_model
 
 
 def message(text: str) -> str:

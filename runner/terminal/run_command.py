@@ -9,20 +9,20 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from runner import cli_options as options
-from runner.chat_view import ChatView
-from runner.cli_options import Params
 from runner.config import GenerateRequest
 from runner.errors import BuddyrunError, InternalError, OptionError, WorkerDiedError
-from runner.model_path import find_model
-from runner.prompt import Prompt, join_prompt, read_pipe
 from runner.protocol import ModelInfo
-from runner.terminal_text import storable, visible
+from runner.terminal import cli_options as options
+from runner.terminal.chat_view import ChatView
+from runner.terminal.cli_options import Params
+from runner.terminal.model_path import find_model
+from runner.terminal.prompt import Prompt, join_prompt, read_pipe
+from runner.terminal.terminal_text import storable, visible
 
 if TYPE_CHECKING:
-    from runner.chat_input import Reader
     from runner.client import Client
-    from runner.history import LineHistory
+    from runner.terminal.chat_input import Reader
+    from runner.terminal.history import LineHistory
 
 Environment = Mapping[str, str]
 _DEMO_MODEL = "buddy-demo-q8_0.gguf"
@@ -50,12 +50,12 @@ def run_model(
 def show_model(model: str, as_json: bool, with_template: bool) -> None:
     """Print what a model is. Raises BuddyrunError."""
     from quant.gguf_file import GGUFFile
-    from runner.model_config import ModelConfig
+    from runner.checks.read_model import read_model
     from runner.show import describe, format_text
 
     path = find_model(storable(model), [])
     with GGUFFile.open(path) as file:
-        description = describe(file, ModelConfig.from_gguf(file), template=with_template)
+        description = describe(file, read_model(file), template=with_template)
     if as_json:
         print(json.dumps(asdict(description), indent=2))
     else:
@@ -65,7 +65,7 @@ def show_model(model: str, as_json: bool, with_template: bool) -> None:
 
 def demo_model() -> Path:
     """The demo model inside the package. Raises BuddyrunError when the installation lacks it."""
-    path = Path(__file__).parent / "demo" / _DEMO_MODEL
+    path = Path(__file__).parents[1] / "demo" / _DEMO_MODEL
     if not path.is_file():
         raise BuddyrunError(f"this installation lacks the demo model {path}; install it again")
     return path
@@ -120,7 +120,7 @@ def _view(params: Params, environment: Environment) -> ChatView:
 
 
 def _answer_once(path: Path, params: Params, prompt: str, view: ChatView) -> None:
-    from runner.one_shot import answer_once, remarks
+    from runner.terminal.one_shot import answer_once, remarks
 
     request = _request(params, prompt)
     template = options.chat_template(params)
@@ -147,8 +147,8 @@ def _chat(
     path: Path, params: Params, prompt: Prompt | None, view: ChatView, environment: Environment
 ) -> None:
     from runner.chat import Chat
-    from runner.cli import version
-    from runner.conversation import ChatSettings, Conversation
+    from runner.terminal.conversation import ChatSettings, Conversation
+    from runner.version import version
 
     settings = ChatSettings(
         sampling=options.sampling_config(params),
@@ -166,8 +166,8 @@ def _chat(
 
 
 def _reader(params: Params, environment: Environment) -> "Reader":
-    from runner.chat_commands import complete
-    from runner.chat_input import EditingReader, PlainReader
+    from runner.terminal.chat_commands import complete
+    from runner.terminal.chat_input import EditingReader, PlainReader
 
     history = _history(params, environment)
     is_person = sys.stdin is not None and sys.stdin.isatty()
@@ -179,7 +179,7 @@ def _reader(params: Params, environment: Environment) -> "Reader":
 
 
 def _history(params: Params, environment: Environment) -> "LineHistory":
-    from runner.history import LineHistory, default_history_path
+    from runner.terminal.history import LineHistory, default_history_path
 
     # An empty twin means "keep none"; click takes an empty one for unset.
     chosen = params["history"]

@@ -8,14 +8,14 @@ from enum import Enum
 from pathlib import Path
 from typing import Any
 
-from runner.chat_file import load_chat, read_text_file, save_chat
-from runner.chat_input import without_quotes
-from runner.chat_view import ChatView, count, model_line
-from runner.conversation import ChatSettings, Conversation
 from runner.errors import BuddyrunError, OptionError
-from runner.history import LineHistory
 from runner.protocol import GenerateResult, ModelInfo
-from runner.sampling_options import N_PREDICT, SAMPLING_OPTIONS, find_option
+from runner.terminal.chat_file import load_chat, read_text_file, save_chat
+from runner.terminal.chat_input import without_quotes
+from runner.terminal.chat_view import ChatView, count, model_line
+from runner.terminal.conversation import ChatSettings, Conversation
+from runner.terminal.history import LineHistory
+from runner.terminal.sampling_options import N_PREDICT, SAMPLING_OPTIONS, find_option
 
 
 class Next(Enum):

@@ -4,8 +4,8 @@ import re
 
 import pytest
 
-from runner import worker_death
-from runner.worker_death import Circumstances, explain
+from runner.process import worker_death
+from runner.process.worker_death import Circumstances, explain
 
 NOTHING = Circumstances()
 DUMP = """

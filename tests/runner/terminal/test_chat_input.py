@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from runner.chat_input import PlainReader, is_open, without_quotes
-from runner.history import MAX_LINES, LineHistory, default_history_path
+from runner.terminal.chat_input import PlainReader, is_open, without_quotes
+from runner.terminal.history import MAX_LINES, LineHistory, default_history_path
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,7 @@ import re
 from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any, Protocol
 
-from runner.history import LineHistory
+from runner.terminal.history import LineHistory
 
 if TYPE_CHECKING:
     from prompt_toolkit.buffer import Buffer
