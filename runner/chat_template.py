@@ -53,7 +53,7 @@ class ChatTemplate:
     def __init__(self, source: str | None, bos_token: str, eos_token: str) -> None:
         """`source`: Jinja text, a built-in template's name, or None or "" for ChatML.
 
-        Raises TemplateError when Jinja cannot read it, or takes over 2 s.
+        Raises TemplateError for an unknown name, and when Jinja cannot read it or takes over 2 s.
         """
         self.source = source or CHATML
         self._bos_token = bos_token
@@ -92,6 +92,11 @@ class ChatTemplate:
             raise TemplateError(
                 f"The chat template has {len(self.source)} characters;"
                 f" at most {_MAX_SOURCE_CHARACTERS} are read."
+            )
+        if "{" not in self.source:
+            raise TemplateError(
+                f"The chat template {self.source[:40]!r} is neither Jinja text, which has braces,"
+                f" nor one of llama.cpp's names: {', '.join(builtin_template_names())}."
             )
         from llama_cpp.llama_chat_format import Jinja2ChatFormatter
 

@@ -166,3 +166,8 @@ def test_endless_loops_are_stopped_in_other_threads_too() -> None:
 
 def test_rendering_works_in_other_threads() -> None:
     assert in_another_thread(lambda: template(MIXTRAL).render([SYSTEM, USER])) is None
+
+
+def test_an_unknown_name_is_refused_with_the_known_ones() -> None:
+    with pytest.raises(TemplateError, match=r"'lama3' is neither Jinja text.*chatml.*llama3"):
+        ChatTemplate("lama3", "", "")

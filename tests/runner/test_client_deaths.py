@@ -102,8 +102,11 @@ def test_a_worker_that_ends_itself_says_why(loaded, prompt, words):
 @POSIX_ONLY
 def test_sigbus_after_the_model_was_deleted_says_so(loaded, model):
     model.unlink()
-    os.kill(loaded.pid, signal.SIGBUS)
-    with pytest.raises(WorkerDiedError, match="model.gguf .* no longer there"):
+    worker = psutil.Process(loaded.pid)
+    os.kill(worker.pid, signal.SIGBUS)
+    while worker.is_running() and worker.status() != psutil.STATUS_ZOMBIE:
+        time.sleep(0.01)
+    with pytest.raises(WorkerDiedError, match=r"model\.gguf .* no longer there"):
         ask(loaded, "count 1")
 
 
