@@ -1,5 +1,6 @@
 """Models that many tests share; each is made once a session."""
 
+import os
 from pathlib import Path
 
 import pytest
@@ -9,6 +10,9 @@ from tests.llama_cpp_oracle import quantize
 ROOT = Path(__file__).parent.parent
 DEMO = ROOT / "runner" / "demo" / "buddy-demo-q8_0.gguf"
 HELD_OUT = ROOT / "tests" / "data" / "held_out"
+
+# Threads that wait for each other crawl on a machine that does something else meanwhile.
+os.environ["BUDDYRUN_THREADS"] = "1"
 
 # LLAMA_FTYPE numbers of llama.cpp's quantizer
 FILE_TYPES = {

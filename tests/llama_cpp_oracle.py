@@ -14,7 +14,7 @@ class LlamaCpp:
     """One model in llama.cpp on the CPU, weights used in place like ours (no repacking)."""
 
     def __init__(
-        self, path: Path, n_ctx: int = 1024, n_batch: int = 512, n_threads: int = 2,
+        self, path: Path, n_ctx: int = 1024, n_batch: int = 512, n_threads: int = 1,
         repack: bool = False,
     ) -> None:  # fmt: skip
         llama_library()  # keeps llama.cpp's log quiet

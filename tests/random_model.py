@@ -31,6 +31,8 @@ class RandomModel:
     tensors_per_shard: int = 0
     metadata: dict[str, float | int | str] = field(default_factory=dict)  # below "llama."
     rope_freqs: tuple[float, ...] = ()
+    rope_factors_long: tuple[float, ...] = ()
+    rope_factors_short: tuple[float, ...] = ()
 
     @property
     def head(self) -> int:
@@ -98,8 +100,9 @@ def _write_weights(w: gguf.GGUFWriter, m: RandomModel) -> None:
     vector("output_norm.weight", m.n_embd)
     if not m.tied_output:
         matrix("output.weight", m.n_vocab, m.n_embd)
-    if m.rope_freqs:
-        w.add_tensor("rope_freqs.weight", np.array(m.rope_freqs, np.float32))
+    for name in ("rope_freqs", "rope_factors_long", "rope_factors_short"):
+        if factors := getattr(m, name):
+            w.add_tensor(f"{name}.weight", np.array(factors, np.float32))
     for layer in range(m.n_layer):
         _write_layer(m, f"blk.{layer}.", matrix, vector)
 

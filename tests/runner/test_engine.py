@@ -17,7 +17,7 @@ from tests.llama_cpp_oracle import LlamaCpp, mean_kl
 from tests.numpy_oracle import numpy_logits
 from tests.random_model import RandomModel, write_metadata, write_random_model, write_vocabulary
 
-THREADS = EngineConfig(n_threads=2)
+THREADS = EngineConfig(n_threads=1)
 
 
 def teacher_forced(engine: Engine, tokens: list[int]) -> np.ndarray:
@@ -71,6 +71,26 @@ SHAPES = {
     ),
     "llama 3 factors": RandomModel(
         rope_freqs=tuple(1.0 + i / 2 for i in range(16)), metadata={"rope.freq_base": 500000.0}
+    ),
+    "longrope, long": RandomModel(
+        rope_factors_long=tuple(1.0 + i / 3 for i in range(16)),
+        rope_factors_short=tuple(1.0 + i / 9 for i in range(16)),
+        metadata={
+            "rope.scaling.type": "longrope",
+            "rope.scaling.original_context_length": 512,
+            "rope.scaling.attn_factor": 1.19,
+        },
+    ),
+    "longrope, short": RandomModel(
+        rope_factors_long=tuple(1.0 + i / 3 for i in range(16)),
+        rope_factors_short=tuple(1.0 + i / 9 for i in range(16)),
+        metadata={
+            "rope.scaling.type": "longrope",
+            "rope.scaling.original_context_length": 1024,
+        },
+    ),
+    "no rope scaling": RandomModel(
+        metadata={"rope.scaling.type": "none", "rope.scaling.factor": 4.0}
     ),
     "expert weights scaled": RandomModel(metadata={"expert_weights_scale": 2.5}),
     "attention scale": RandomModel(metadata={"attention.scale": 0.3}),
@@ -136,7 +156,7 @@ def assert_same_numbers(path: Path, reference_path: Path) -> Engine:
 
 
 def test_a_prompt_in_several_batches_gives_the_same_logits(demo_path, held_out_text) -> None:
-    engine = Engine(demo_path, EngineConfig(n_threads=2, n_batch=64))
+    engine = Engine(demo_path, EngineConfig(n_threads=1, n_batch=64))
     with LlamaCpp(demo_path, n_batch=64) as reference:
         tokens = reference.tokenize(held_out_text)[:300]
         reference.reset()
@@ -183,7 +203,7 @@ def test_the_kv_cache_types_stay_close_to_numpys_float32(kind, tmp_path: Path) -
     m = RandomModel(type=T.F32)
     path = write_random_model(tmp_path / "model.gguf", m)
     tokens = [1, *range(260, 319)]
-    engine = Engine(path, EngineConfig(n_threads=2, cache_type_k=kind, cache_type_v=kind))
+    engine = Engine(path, EngineConfig(n_threads=1, cache_type_k=kind, cache_type_v=kind))
     kl = mean_kl(numpy_logits(path, m, tokens), teacher_forced(engine, tokens))
     assert kl < {"f16": 1e-5, "q8_0": 0.03}[kind]
     engine.close()
@@ -215,7 +235,7 @@ def test_a_changed_end_forgets_the_old_one(demo_path) -> None:
 
 
 def test_a_prompt_longer_than_the_context_is_refused_with_counts(demo_path) -> None:
-    engine = Engine(demo_path, EngineConfig(n_threads=2, n_ctx=64))
+    engine = Engine(demo_path, EngineConfig(n_threads=1, n_ctx=64))
     with pytest.raises(ContextFullError, match=r"64 tokens and the context holds 64"):
         list(engine.generate([5] * 64, np.argmax, 4, lambda token: False))
     assert engine.n_past == 0
@@ -223,7 +243,7 @@ def test_a_prompt_longer_than_the_context_is_refused_with_counts(demo_path) -> N
 
 
 def test_an_answer_that_reaches_the_end_of_the_context_stops_there(demo_path) -> None:
-    engine = Engine(demo_path, EngineConfig(n_threads=2, n_ctx=64))
+    engine = Engine(demo_path, EngineConfig(n_threads=1, n_ctx=64))
     steps = list(engine.generate([5] * 60, lambda x: 300, -1, lambda token: False))
     assert [step.token for step in steps] == [300] * 5 + [-1]
     assert steps[-1].stop_reason == "context"
@@ -242,7 +262,7 @@ def test_generation_ends_at_n_predict_and_at_a_stop_token(demo_path) -> None:
 
 
 def test_a_cancelled_prompt_keeps_what_was_computed(demo_path) -> None:
-    engine = Engine(demo_path, EngineConfig(n_threads=2, n_batch=32))
+    engine = Engine(demo_path, EngineConfig(n_threads=1, n_batch=32))
     progress = []
     steps = list(
         engine.generate(
@@ -253,14 +273,14 @@ def test_a_cancelled_prompt_keeps_what_was_computed(demo_path) -> None:
     )  # fmt: skip
     assert [(s.token, s.stop_reason) for s in steps] == [(-1, "cancelled")]
     assert engine.n_past == 64
-    expected = Engine(demo_path, EngineConfig(n_threads=2, n_batch=32))
+    expected = Engine(demo_path, EngineConfig(n_threads=1, n_batch=32))
     assert np.array_equal(engine.prefill([0] * 200), expected.prefill([0] * 200))
     engine.close()
     expected.close()
 
 
 def test_a_context_shift_drops_the_oldest_half_and_goes_on(demo_path) -> None:
-    config = EngineConfig(n_threads=2, n_ctx=256, context_shift=True, n_keep=4)
+    config = EngineConfig(n_threads=1, n_ctx=256, context_shift=True, n_keep=4)
     engine = Engine(demo_path, config)
     prompt = [0, *range(300, 500)]
     steps = list(engine.generate(prompt, lambda x: int(x.argmax()), 120, lambda token: False))
@@ -277,7 +297,7 @@ def test_a_context_shift_drops_the_oldest_half_and_goes_on(demo_path) -> None:
 
 def test_shifted_keys_equal_keys_computed_at_the_new_positions(tmp_path: Path) -> None:
     path = write_random_model(tmp_path / "model.gguf", RandomModel(n_layer=1, n_expert=0))
-    config = EngineConfig(n_threads=2, n_ctx=256, context_shift=True, n_keep=8)
+    config = EngineConfig(n_threads=1, n_ctx=256, context_shift=True, n_keep=8)
     engine, fresh = Engine(path, config), Engine(path, config)
     tokens = [1, *range(259, 319)] * 4
     engine.prefill(tokens)
@@ -290,7 +310,7 @@ def test_shifted_keys_equal_keys_computed_at_the_new_positions(tmp_path: Path) -
 
 
 def test_a_prompt_too_long_for_a_shifting_context_loses_its_oldest_part(demo_path) -> None:
-    engine = Engine(demo_path, EngineConfig(n_threads=2, n_ctx=64, context_shift=True, n_keep=2))
+    engine = Engine(demo_path, EngineConfig(n_threads=1, n_ctx=64, context_shift=True, n_keep=2))
     prompt = [0, *range(300, 450)]
     list(engine.generate(prompt, np.argmax, 1, lambda token: False))
     assert engine._tokens[:2] == prompt[:2]
