@@ -49,9 +49,6 @@ _T, _P, _I64, _Z, _F = TensorPointer, c_void_p, c_int64, c_size_t, c_float
 # name: (result, arguments); the C declarations are in ggml.h, ggml-alloc.h and ggml-backend.h
 _FUNCTIONS: dict[str, tuple[object, list[object]]] = {
     "ggml_version": (c_char_p, []),
-    "ggml_type_name": (c_char_p, [c_int]),
-    "ggml_type_size": (_Z, [c_int]),
-    "ggml_blck_size": (_I64, [c_int]),
     "ggml_row_size": (_Z, [c_int, _I64]),
     "ggml_nbytes": (_Z, [_T]),
     "ggml_init": (_P, [_InitParams]),
@@ -86,7 +83,6 @@ _FUNCTIONS: dict[str, tuple[object, list[object]]] = {
     "ggml_flash_attn_ext": (_T, [_P, _T, _T, _T, _T, _F, _F, _F]),
     "ggml_new_graph_custom": (_P, [_P, _Z, c_bool]),
     "ggml_build_forward_expand": (None, [_P, _T]),
-    "ggml_graph_n_nodes": (c_int, [_P]),
     "ggml_set_input": (None, [_T]),
     "ggml_set_output": (None, [_T]),
     "ggml_log_set": (None, [_P, _P]),
@@ -99,10 +95,8 @@ _FUNCTIONS: dict[str, tuple[object, list[object]]] = {
     "ggml_backend_buffer_free": (None, [_P]),
     "ggml_backend_buffer_get_base": (_P, [_P]),
     "ggml_backend_buffer_get_size": (_Z, [_P]),
-    "ggml_backend_buffer_set_usage": (None, [_P, c_int]),
     "ggml_backend_free": (None, [_P]),
     "ggml_backend_get_default_buffer_type": (_P, [_P]),
-    "ggml_backend_get_device": (_P, [_P]),
     "ggml_backend_graph_compute": (c_int, [_P, _P]),
     "ggml_backend_tensor_alloc": (c_int, [_P, _T, _P]),
     "ggml_backend_tensor_set": (None, [_T, _P, _Z, _Z]),

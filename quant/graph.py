@@ -51,10 +51,6 @@ class Graph:
         """Run to the end. Raises BackendError."""
         self._backend.compute(self._handle)
 
-    @property
-    def n_nodes(self) -> int:
-        return int(self._ggml.graph_n_nodes(self._handle))
-
     def expand(self, tensor: Tensor) -> Tensor:
         """Compute `tensor`, after everything that was expanded before it."""
         self._ggml.build_forward_expand(self._handle, tensor.pointer)

@@ -1,7 +1,7 @@
 """The graphs that compute one batch size, and the device memory that passes between them.
 
 A graph spans the experts of MoE layer L-1, then attention and router of layer L; there the host
-reads the routing back and decides. Layers without experts need no decision and share a graph.
+reads the routing back and decides. A dense layer is a graph of its own and needs no decision.
 """
 
 import time
@@ -24,7 +24,7 @@ _F16 = GGML_TYPES_BY_NAME["F16"].id
 _I32 = GGML_TYPES_BY_NAME["I32"].id
 _I64 = GGML_TYPES_BY_NAME["I64"].id
 
-_NODES_PER_LAYER = 48  # attention, router and experts together have fewer, views excluded
+_NODES_PER_LAYER = 64  # attention, router and experts together have fewer, sums over experts apart
 
 
 @dataclass(frozen=True)
@@ -33,11 +33,6 @@ class BatchShape:
 
     n_tokens: int
     n_kv: int  # visible cells of the KV cache
-    all_outputs: bool  # logits of every token, else of the last one
-
-    @property
-    def n_outputs(self) -> int:
-        return self.n_tokens if self.all_outputs else 1
 
 
 class DeviceState:
@@ -54,17 +49,23 @@ class DeviceState:
         self.positions = context.tensor(_I32, n_batch)
         self.cells = context.tensor(_I64, n_batch)
         self.mask = context.tensor(_F16, padded_context(n_ctx), n_batch)
-        self.output_ids = context.tensor(_I32, n_batch)
+        self.last_token = context.tensor(_I32, 1)
         self.residual = context.tensor(_F32, config.n_embd, n_batch)
         self.ffn_input = context.tensor(_F32, config.n_embd, n_batch)
         self.slot_ids = context.tensor(_I32, pairs, n_batch)
         self.weights = context.tensor(_F32, pairs, n_batch)
         self.scores = context.tensor(_F32, scores, n_batch)
         self._buffer = context.allocate(backend)
+        self._host_mask = np.empty(n_batch * padded_context(n_ctx), np.float16)
 
     def close(self) -> None:
         self._buffer.close()
         self._context.close()
+
+    def host_mask(self, shape: BatchShape) -> np.ndarray:
+        """Host memory for the mask (n_tokens, n_kv); all batch shapes share it."""
+        n_tokens, n_kv = shape.n_tokens, shape.n_kv
+        return self._host_mask[: n_tokens * n_kv].reshape(n_tokens, n_kv)
 
     def batch(self, g: Graph, shape: BatchShape) -> BatchTensors:
         """Views of the inputs for one batch shape."""
@@ -74,7 +75,7 @@ class DeviceState:
             positions=g.matrix(self.positions, n, 1),
             cells=g.matrix(self.cells, n, 1),
             mask=g.matrix(self.mask, shape.n_kv, n),
-            output_ids=None if shape.all_outputs else g.matrix(self.output_ids, 1, 1),
+            last_token=self.last_token,
             residual=g.first_rows(self.residual, n),
         )
 
@@ -114,8 +115,7 @@ class BatchGraph:
         self._parts = parts
         self._graphs: list[Graph] = []
         self.compute_ns = 0  # time inside ggml since the last `begin`
-        self._logits: Tensor | None = None
-        self._build()
+        self._logits = self._build()
         self._make_ports()
 
     def close(self) -> None:
@@ -138,7 +138,7 @@ class BatchGraph:
         self._positions.array[:] = np.arange(first_position, first_position + self.shape.n_tokens)
         self._cells.array[:] = cells
         self._parts.kv.cells.fill_mask(self._mask.array, first_position)
-        for port in (self._tokens, self._positions, self._cells, self._mask, self._output_ids):
+        for port in (self._tokens, self._positions, self._cells, self._mask, self._last_token):
             port.upload()
         self.compute_ns = 0
 
@@ -166,8 +166,12 @@ class BatchGraph:
             port.array[:] = plan.slot_ids
             port.upload()
 
+    def pass_dense(self, layer: int) -> None:
+        """Run a layer without experts."""
+        self._compute(layer)
+
     def finish(self) -> np.ndarray:
-        """Run the rest; returns logits (n_outputs, n_vocab), overwritten by the next batch."""
+        """Run the rest; returns the last token's logits (n_vocab,), until the next run."""
         self._compute(len(self._graphs) - 1)
         return self._logits_port.download()
 
@@ -178,60 +182,52 @@ class BatchGraph:
 
     # building
 
-    def _build(self) -> None:
-        config = self._parts.config
-        if config.n_expert == 0:
-            self._build_dense()
-            return
+    def _build(self) -> Tensor:
+        """One graph per layer and one for what follows the last; returns the logits."""
+        config, weights = self._parts.config, self._parts.weights
         for layer in range(config.n_layer):
-            g = self._new_graph(1)
+            g = self._new_graph()
             batch = self._parts.state.batch(g, self.shape)
             residual = self._start_of(g, layer, batch)
             residual = self._attention(g, layer, batch, residual)
-            n = residual.shape[1]
-            router = self._parts.state.router(g, n)
-            model.route(g, config, self._parts.weights.layers[layer], residual, router)
-        g = self._new_graph(1)
-        residual = self._experts(g, config.n_layer - 1, self.shape.n_outputs)
-        self._logits = model.head(g, config, self._parts.weights, residual)
+            if config.is_moe:
+                router = self._parts.state.router(g, residual.shape[1])
+                model.route(g, config, weights.layers[layer], residual, router)
+            else:
+                model.dense_ffn(g, config, weights.layers[layer], residual)
+        g = self._new_graph()
+        return model.head(g, config, weights, self._after_layer(g, config.n_layer - 1, 1))
 
-    def _build_dense(self) -> None:
-        config, weights = self._parts.config, self._parts.weights
-        g = self._new_graph(config.n_layer)
-        batch = self._parts.state.batch(g, self.shape)
-        residual = model.embed(g, weights, batch)
-        for layer in range(config.n_layer):
-            residual = self._attention(g, layer, batch, residual)
-            residual = model.dense_ffn(g, config, weights.layers[layer], residual)
-        self._logits = model.head(g, config, weights, residual)
-
-    def _new_graph(self, n_layers: int) -> Graph:
-        n_views = 2 * self._parts.config.n_expert_used
-        graph = Graph(self._parts.backend, (n_layers + 1) * _NODES_PER_LAYER + n_views)
+    def _new_graph(self) -> Graph:
+        n_for_experts = 2 * self._parts.config.n_expert_used  # a view and a sum for each
+        graph = Graph(self._parts.backend, _NODES_PER_LAYER + n_for_experts)
         self._graphs.append(graph)
         return graph
 
     def _start_of(self, g: Graph, layer: int, batch: BatchTensors) -> Tensor:
         if layer == 0:
             return model.embed(g, self._parts.weights, batch)
-        return self._experts(g, layer - 1, self.shape.n_tokens)
+        return self._after_layer(g, layer - 1, self.shape.n_tokens)
+
+    def _after_layer(self, g: Graph, layer: int, n: int) -> Tensor:
+        """The residual of n tokens behind `layer`, whose experts have yet to run if it has any."""
+        state, slabs = self._parts.state, self._parts.weights.layers[layer].experts
+        residual = g.first_rows(state.residual, n)
+        if slabs is None:
+            return residual
+        return model.experts(
+            g, slabs,
+            g.first_rows(state.ffn_input, n),
+            g.first_rows(state.slot_ids, n),
+            g.first_rows(state.weights, n),
+            residual,
+        )  # fmt: skip
 
     def _attention(self, g: Graph, layer: int, batch: BatchTensors, residual: Tensor) -> Tensor:
         kv = self._parts.kv
         return model.attention(
             g, self._parts.config, self._parts.weights, layer, kv.k[layer], kv.v[layer], batch,
             residual,
-        )  # fmt: skip
-
-    def _experts(self, g: Graph, layer: int, n: int) -> Tensor:
-        state, slabs = self._parts.state, self._parts.weights.layers[layer].experts
-        assert slabs is not None
-        return model.experts(
-            g, slabs,
-            g.first_rows(state.ffn_input, n),
-            g.first_rows(state.slot_ids, n),
-            g.first_rows(state.weights, n),
-            g.first_rows(state.residual, n),
         )  # fmt: skip
 
     # the host's side
@@ -241,17 +237,15 @@ class BatchGraph:
         self._tokens = self._port(state.tokens, (n,), np.int32)
         self._positions = self._port(state.positions, (n,), np.int32)
         self._cells = self._port(state.cells, (n,), np.int64)
-        self._mask = self._port(state.mask, (n, self.shape.n_kv), np.float16)
-        self._output_ids = self._port(state.output_ids, (1,), np.int32)
-        self._output_ids.array[0] = n - 1
-        assert self._logits is not None
-        n_logits = (self.shape.n_outputs, self._parts.config.n_vocab)
-        self._logits_port = self._port(self._logits, n_logits, np.float32)
+        self._mask = HostPort(self._parts.backend, state.mask, state.host_mask(self.shape))
+        self._last_token = self._port(state.last_token, (1,), np.int32)
+        self._last_token.array[0] = n - 1
+        self._logits_port = self._port(self._logits, (self._parts.config.n_vocab,), np.float32)
         self._routing_ports = self._make_routing_ports()
         self._routing = self._routing_ports[0]
 
     def _make_routing_ports(self) -> tuple["_RoutingPorts", ...]:
-        """Index 0 serves all layers but the last, where only the outputs go on: index 1."""
+        """Index 0 serves all layers but the last, where only one token goes on: index 1."""
         state, config = self._parts.state, self._parts.config
         k = config.n_expert_used
         return tuple(
@@ -260,7 +254,7 @@ class BatchGraph:
                 weights=self._port(state.weights, (n, k), np.float32),
                 scores=self._port(state.scores, (n, config.n_expert), np.float32),
             )
-            for n in (self.shape.n_tokens, self.shape.n_outputs)
+            for n in (self.shape.n_tokens, 1)
         )
 
     def _port(self, tensor: Tensor, shape: tuple[int, ...], kind: type[np.generic]) -> HostPort:

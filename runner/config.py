@@ -14,7 +14,7 @@ class EngineConfig:
     cache_type_k: str = "f16"  # f16 or q8_0
     cache_type_v: str = "f16"
     context_shift: bool = False  # when the context is full drop the oldest half, not an error
-    n_keep: int = 0  # tokens at the start that a context shift keeps
+    n_keep: int = 0  # tokens behind the first that a context shift keeps as well
 
 
 DEFAULT_SAMPLERS = (

@@ -3,6 +3,9 @@
 The keys of the tokens that stay are rotated to their new positions; nothing is recomputed.
 """
 
+import math
+from dataclasses import replace
+
 import numpy as np
 
 from quant.ggml import GraphAllocator
@@ -10,13 +13,14 @@ from quant.ggml_types import GGML_TYPES_BY_NAME
 from quant.graph import Graph, HostPort
 from runner import model
 from runner.batch_graph import EngineParts
+from runner.model_config import RopeConfig
 
 _F32 = GGML_TYPES_BY_NAME["F32"].id
+_I32 = GGML_TYPES_BY_NAME["I32"].id
 
 
 def without_oldest(tokens: list[int], n_ctx: int, n_keep: int) -> list[int]:
     """A prompt cut to fit: its first n_keep tokens and its end, in steps of half the context."""
-    n_keep = min(n_keep, n_ctx - 2)
     block = max(1, (n_ctx - n_keep) // 2)
     n_blocks = -(-(len(tokens) - n_ctx + 1) // block)
     return tokens[:n_keep] + tokens[n_keep + n_blocks * block :]
@@ -24,20 +28,25 @@ def without_oldest(tokens: list[int], n_ctx: int, n_keep: int) -> list[int]:
 
 def rotate_keys(parts: EngineParts, moves: np.ndarray) -> None:
     """Turn every cached key by how far its position moved; moves (n_cells,) int32."""
-    n_cells = parts.kv.cells.n_visible
-    config = parts.config
-    with Graph(parts.backend, 8 * config.n_layer) as g:
-        positions = g.input(GGML_TYPES_BY_NAME["I32"].id, n_cells)
-        for layer in range(config.n_layer):
-            rows = g.first_rows(parts.kv.k[layer], n_cells)
-            keys = g.cast(rows, _F32)
-            heads = g.reshape_3d(keys, config.n_embd_head, config.n_head_kv, n_cells)
-            turned = model.rope(g, config, heads, positions, parts.weights.rope_factors)
+    n_cells, config = parts.kv.cells.n_visible, parts.config
+    turn = _pure_rotation(config.rope)
+    with Graph(parts.backend, 8 * config.n_layer) as g, GraphAllocator(parts.backend) as allocator:
+        positions = g.input(_I32, n_cells)
+        for k in parts.kv.k:
+            rows = g.first_rows(k, n_cells)
+            heads = g.reshape_3d(g.cast(rows, _F32), config.n_embd_head, config.n_head_kv, n_cells)
+            turned = model.rope(g, turn, heads, positions, parts.weights.rope_factors)
             g.copy(g.reshape_2d(turned, rows.shape[0], n_cells), rows)
-        allocator = GraphAllocator(parts.backend)
         g.reserve(allocator)
         g.lay_out(allocator)
-        port = HostPort(parts.backend, positions, np.ascontiguousarray(moves[:n_cells], np.int32))
-        port.upload()
+        HostPort(parts.backend, positions, moves[:n_cells].copy()).upload()
         g.compute()
-        allocator.close()
+
+
+def _pure_rotation(rope: RopeConfig) -> RopeConfig:
+    """The same rotation without its scale, which the cached keys have already.
+
+    ggml multiplies by attn_factor and, with an ext_factor, by 1 + 0.1 ln(1 / freq_scale).
+    """
+    scale = 1 + 0.1 * math.log(1 / rope.freq_scale) if rope.ext_factor else 1.0
+    return replace(rope, attn_factor=1 / scale)

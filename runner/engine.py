@@ -22,6 +22,7 @@ from runner.engine_limits import choose_limits
 from runner.errors import CancelledError, ContextFullError, ModelError, OptionError
 from runner.graph_cache import GraphCache
 from runner.kv_cache import KVCache, padded_context
+from runner.miss_policy import RoutingPlan
 from runner.page_in import page_in
 from runner.stats import StatsRecorder, StatsSnapshot
 from runner.weights import Weights
@@ -63,14 +64,12 @@ class Engine:
             if not page_in(self.file, report, cancelled):
                 self.notes += ("The model is larger than the free memory: expect it to be slow.",)
             self._parts = self._allocate(owned)
-            largest = BatchShape(self._limits.n_batch, padded_context(self.n_ctx), False)
+            largest = BatchShape(self._limits.n_batch, padded_context(self.n_ctx))
             self._graphs = GraphCache(self._parts, largest)
             owned.callback(self._graphs.close)
             self._owned = owned.pop_all()
-        n_layer = self.model_config.n_layer
-        self._moe_layers = range(n_layer if self.model_config.is_moe else 0)
         self._tokens: list[int] = []  # what the KV cache holds, in order
-        self._stats = StatsRecorder(n_layer)
+        self._stats = StatsRecorder(self.model_config.n_layer)
 
     def close(self) -> None:
         self._owned.close()
@@ -83,6 +82,11 @@ class Engine:
     @property
     def n_threads(self) -> int:
         return self._limits.n_threads
+
+    @property
+    def n_batch(self) -> int:
+        """Most tokens computed at once."""
+        return self._limits.n_batch
 
     @property
     def n_past(self) -> int:
@@ -151,63 +155,60 @@ class Engine:
         computed until then stays in the cache.
         """
         n_cached = self._reuse(tokens)
-        self.backend.set_n_threads(self._limits.n_threads_batch)
         logits = np.empty(0, np.float32)
         on_prompt(n_cached, len(tokens), n_cached)
-        for start in range(n_cached, len(tokens), self._limits.n_batch):
-            batch = tokens[start : start + self._limits.n_batch]
-            logits = self._run(batch, cancelled=cancelled)
-            on_prompt(start + len(batch), len(tokens), n_cached)
-        self.backend.set_n_threads(self.n_threads)
-        last: np.ndarray = logits[-1]
-        return last
+        self.backend.set_n_threads(self._limits.n_threads_batch)
+        try:
+            for start in range(n_cached, len(tokens), self._limits.n_batch):
+                batch = tokens[start : start + self._limits.n_batch]
+                logits = self._run(batch, is_prompt=True, cancelled=cancelled)
+                on_prompt(start + len(batch), len(tokens), n_cached)
+        finally:
+            self.backend.set_n_threads(self.n_threads)
+        return logits
 
     def decode(self, token: int) -> np.ndarray:
         """Append one token; returns its logits (n_vocab,), overwritten by the next call."""
-        row: np.ndarray = self._run([token])[0]
-        return row
-
-    def evaluate(self, tokens: Sequence[int]) -> np.ndarray:
-        """Append tokens, at most n_batch; returns the logits of each (n_tokens, n_vocab)."""
-        return self._run(tokens, all_outputs=True)
+        return self._run([token], is_prompt=False)
 
     def reset(self) -> None:
         """Empty the context."""
         self._truncate(0)
 
     def _run(
-        self,
-        tokens: Sequence[int],
-        all_outputs: bool = False,
-        cancelled: Cancelled = lambda: False,
+        self, tokens: Sequence[int], is_prompt: bool, cancelled: Cancelled = lambda: False
     ) -> np.ndarray:
-        start = time.perf_counter_ns()
-        position = self.n_past
-        cells = self._parts.kv.cells.take(position, len(tokens))
-        self._parts.kv.clear_visible()
-        shape = BatchShape(len(tokens), self._parts.kv.cells.n_visible, all_outputs)
-        graph = self._graphs.get(shape)
-        graph.begin(np.asarray(tokens, np.int32), position, cells)
+        start_ns = time.perf_counter_ns()
+        position, kv = self.n_past, self._parts.kv
+        cells = kv.cells.take(position, len(tokens))
         try:
-            logits = self._forward(graph, cancelled)
-        except CancelledError:
-            self._parts.kv.cells.truncate(position)
+            kv.clear_visible()
+            graph = self._graphs.get(BatchShape(len(tokens), kv.cells.n_visible))
+            graph.begin(np.asarray(tokens, np.int32), position, cells)
+            plans = self._run_layers(graph, cancelled)
+            logits = graph.finish()
+        except BaseException:
+            kv.truncate(position)  # what was not finished was not read
             raise
         self._tokens += tokens
-        self._stats.add_compute(graph.compute_ns)
-        is_prompt = len(tokens) > 1
-        self._stats.add_batch(len(tokens), time.perf_counter_ns() - start, is_prompt)
+        total_ns = time.perf_counter_ns() - start_ns
+        self._stats.record_batch(len(tokens), plans, total_ns, graph.compute_ns, is_prompt)
         return logits
 
-    def _forward(self, graph: BatchGraph, cancelled: Cancelled) -> np.ndarray:
-        for layer in self._moe_layers:
+    def _run_layers(self, graph: BatchGraph, cancelled: Cancelled) -> list[RoutingPlan]:
+        """All layers of one batch; returns the plan of each layer with experts."""
+        plans = []
+        for layer in range(self.model_config.n_layer):
             if cancelled():
                 raise CancelledError
+            if not self.model_config.is_moe:
+                graph.pass_dense(layer)
+                continue
             expert_ids = graph.route(layer)
             plan = miss_policy.exact(expert_ids, slot_of=None)
             graph.apply(plan)
-            self._stats.record(layer, plan)
-        return graph.finish()
+            plans.append(plan)
+        return plans
 
     def _check_file(self) -> None:
         change = self.file.find_change()
@@ -230,7 +231,7 @@ class Engine:
         return n
 
     def _truncate(self, n_past: int) -> None:
-        self._parts.kv.cells.truncate(n_past)
+        self._parts.kv.truncate(n_past)
         del self._tokens[n_past:]
 
     def _fit(self, tokens: list[int]) -> list[int]:
@@ -240,20 +241,28 @@ class Engine:
         if len(tokens) < self.n_ctx:
             return tokens
         if self.config.context_shift:
-            return context_shift.without_oldest(tokens, self.n_ctx, self.config.n_keep)
+            return context_shift.without_oldest(tokens, self.n_ctx, self._n_keep)
         raise ContextFullError(
             f"the prompt has {len(tokens)} tokens and the context holds {self.n_ctx}, one of them "
             "for the answer: shorten it, use /clear, a larger -c, or --context-shift"
         )
 
+    @property
+    def _n_keep(self) -> int:
+        """Tokens that a shift keeps: the first, on which attention leans, and --keep more."""
+        return min(1 + self.config.n_keep, self.n_ctx - 2)
+
     def _make_room(self) -> bool:
         """Drop the oldest half of the context if the user allows it."""
         if not self.config.context_shift:
             return False
-        n_keep = min(self.config.n_keep, self.n_ctx - 2)
+        n_keep = self._n_keep
         n_discard = (self.n_ctx - n_keep) // 2
-        moves = self._parts.kv.cells.shift(n_keep, n_discard)
-        context_shift.rotate_keys(self._parts, moves)
+        try:
+            context_shift.rotate_keys(self._parts, self._parts.kv.cells.shift(n_keep, n_discard))
+        except BaseException:
+            self.reset()  # keys and positions no longer agree
+            raise
         del self._tokens[n_keep : n_keep + n_discard]
         return True
 

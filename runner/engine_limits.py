@@ -5,11 +5,13 @@ from dataclasses import dataclass
 from quant.ggml_types import GGML_TYPES_BY_NAME, GGMLType
 from runner.config import DEFAULT_MAX_CTX, EngineConfig
 from runner.errors import OptionError
-from runner.hardware import n_physical_cores
+from runner.hardware import available_memory_bytes, n_cores
 from runner.model_config import ModelConfig
+from runner.model_sizes import kv_bytes_per_token
 
 CACHE_TYPES = ("f16", "q8_0")
 
+_MIN_CTX = 2  # a token and its answer
 _MAX_CTX = 1 << 24
 _MAX_BATCH = 1 << 16
 _MAX_THREADS = 512
@@ -31,20 +33,23 @@ class EngineLimits:
 def choose_limits(config: EngineConfig, model: ModelConfig) -> EngineLimits:
     """Fill in defaults. Raises OptionError that names the flag and its range."""
     n_ctx, notes = _context(config, model)
-    n_threads = config.n_threads or n_physical_cores()
+    n_threads = config.n_threads or n_cores()
     n_threads_batch = config.n_threads_batch or n_threads
-    _check_range("-c", n_ctx, 2, _MAX_CTX)
+    _check_range("-c", n_ctx, _MIN_CTX, _MAX_CTX)
     _check_range("-b", config.n_batch, 1, _MAX_BATCH)
     _check_range("-t", n_threads, 1, _MAX_THREADS)
     _check_range("-tb", n_threads_batch, 1, _MAX_THREADS)
     _check_range("--keep", config.n_keep, 0, _MAX_CTX)
+    type_k = _cache_type("-ctk", config.cache_type_k, model)
+    type_v = _cache_type("-ctv", config.cache_type_v, model)
+    _check_memory(config, model, n_ctx)
     return EngineLimits(
         n_ctx=n_ctx,
         n_batch=min(config.n_batch, n_ctx),
         n_threads=n_threads,
         n_threads_batch=n_threads_batch,
-        type_k=_cache_type("-ctk", config.cache_type_k, model),
-        type_v=_cache_type("-ctv", config.cache_type_v, model),
+        type_k=type_k,
+        type_v=type_v,
         notes=notes,
     )
 
@@ -52,7 +57,7 @@ def choose_limits(config: EngineConfig, model: ModelConfig) -> EngineLimits:
 def _context(config: EngineConfig, model: ModelConfig) -> tuple[int, tuple[str, ...]]:
     trained = model.n_ctx_train
     if not config.n_ctx:
-        n_ctx = min(trained, DEFAULT_MAX_CTX)
+        n_ctx = max(_MIN_CTX, min(trained, DEFAULT_MAX_CTX))
         shorter = f"The context is {n_ctx} of the model's {trained} tokens; -c sets it."
         return n_ctx, (shorter,) if n_ctx < trained else ()
     longer = (
@@ -65,6 +70,17 @@ def _context(config: EngineConfig, model: ModelConfig) -> tuple[int, tuple[str, 
 def _check_range(flag: str, value: int, low: int, high: int) -> None:
     if not low <= value <= high:
         raise OptionError(f"{flag} {value}: expected {low} to {high}")
+
+
+def _check_memory(config: EngineConfig, model: ModelConfig, n_ctx: int) -> None:
+    """Keys and values take memory only as the context fills: too late to find out then."""
+    available = available_memory_bytes()
+    n_bytes = kv_bytes_per_token(model, config.cache_type_k, config.cache_type_v) * n_ctx
+    if available is not None and n_bytes > available:
+        raise OptionError(
+            f"-c {n_ctx}: the keys and values of so many tokens take {n_bytes / 1e9:.1f} GB and "
+            f"{available / 1e9:.1f} GB of memory are free: use a smaller -c, or -ctk q8_0 -ctv q8_0"
+        )
 
 
 def _cache_type(flag: str, name: str, model: ModelConfig) -> GGMLType:

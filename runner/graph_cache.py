@@ -1,6 +1,7 @@
 """Keeps the graphs of recent batch shapes; all share one piece of compute memory."""
 
 from collections import OrderedDict
+from contextlib import closing
 
 from quant.ggml import GraphAllocator
 from runner.batch_graph import BatchGraph, BatchShape, EngineParts
@@ -15,14 +16,8 @@ class GraphCache:
         self._parts = parts
         self._graphs: OrderedDict[BatchShape, BatchGraph] = OrderedDict()
         self._allocator = GraphAllocator(parts.backend)
-        graph = BatchGraph(parts, largest)
-        graph.reserve(self._allocator)
-        graph.close()
-
-    @property
-    def n_bytes(self) -> int:
-        """Compute memory, in bytes."""
-        return self._allocator.n_bytes
+        with closing(BatchGraph(parts, largest)) as graph:
+            graph.reserve(self._allocator)
 
     def get(self, shape: BatchShape) -> BatchGraph:
         """The graph of this shape, ready to run."""

@@ -30,6 +30,11 @@ class KVCells:
         """Cells that attention has to look at, in whole blocks."""
         return max(CELL_PADDING, -(-self._end // CELL_PADDING) * CELL_PADDING)
 
+    @property
+    def n_used(self) -> int:
+        """Cells up to and including the last one in use."""
+        return self._end
+
     def take(self, first_position: int, n: int) -> np.ndarray:
         """Claim n free cells for consecutive positions; returns their indices (n,) int64."""
         if self._end + n <= len(self.positions) and self._end == first_position:
@@ -95,8 +100,13 @@ class KVCache:
         self._buffer.close()
         self._context.close()
 
+    def truncate(self, n_past: int) -> None:
+        """Forget every position from n_past on, and zero its cells before they are seen again."""
+        self.cells.truncate(n_past)
+        self._n_cleared = min(self._n_cleared, self.cells.n_used)
+
     def clear_visible(self) -> None:
-        """Zero cells the first time they come into view: masked garbage may be NaN.
+        """Zero cells when they come into view: masked or not, a NaN left there would spread.
 
         Memory that no token has reached stays untouched, and so unused.
         """

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from quant.ggml import Tensor
 from quant.graph import Graph
-from runner.model_config import ModelConfig
+from runner.model_config import ModelConfig, RopeConfig
 from runner.weights import ExpertSlabs, LayerWeights, Weights
 
 _ROPE_NORM = 0  # rotates neighbouring pairs; the files' q and k are permuted for it
@@ -23,7 +23,7 @@ class BatchTensors:
     positions: Tensor  # (n_tokens) int32
     cells: Tensor  # (n_tokens) int64, where K and V are stored
     mask: Tensor  # (n_kv, n_tokens) float16
-    output_ids: Tensor | None  # (n_outputs) int32, the tokens whose logits are wanted; None = all
+    last_token: Tensor  # (1) int32, the token whose logits are wanted
     residual: Tensor  # (n_embd, n_tokens) float32
 
 
@@ -54,8 +54,8 @@ def attention(
     q_heads = g.reshape_3d(_linear(g, w.attn_q, x, w.attn_q_bias), head, n_head, n_tokens)
     k_heads = g.reshape_3d(_linear(g, w.attn_k, x, w.attn_k_bias), head, n_head_kv, n_tokens)
     v_rows = _linear(g, w.attn_v, x, w.attn_v_bias)
-    q_heads = rope(g, config, q_heads, batch.positions, weights.rope_factors)
-    k_heads = rope(g, config, k_heads, batch.positions, weights.rope_factors)
+    q_heads = rope(g, config.rope, q_heads, batch.positions, weights.rope_factors)
+    k_heads = rope(g, config.rope, k_heads, batch.positions, weights.rope_factors)
     k_rows = g.reshape_2d(k_heads, head * n_head_kv, n_tokens)
     g.expand(g.set_rows(k, k_rows, batch.cells))
     g.expand(g.set_rows(v, v_rows, batch.cells))
@@ -69,20 +69,19 @@ def attention(
     )
     out = g.reshape_2d(out, head * n_head, n_tokens)
     out = _linear(g, w.attn_output, out, w.attn_output_bias)
-    if layer == config.n_layer - 1 and batch.output_ids is not None:
-        return _add_outputs_only(g, out, residual, batch.output_ids)
+    if layer == config.n_layer - 1:
+        return _add_last_only(g, out, residual, batch.last_token)
     return g.expand(g.add_inplace(residual, out))
 
 
 def rope(
-    g: Graph, config: ModelConfig, heads: Tensor, positions: Tensor, factors: Tensor | None
+    g: Graph, config: RopeConfig, heads: Tensor, positions: Tensor, factors: Tensor | None
 ) -> Tensor:
     """Rotary position embedding of heads (n_embd_head, n_head, n_tokens)."""
-    r = config.rope
     return g.rope(
         heads, positions, factors,
-        (r.n_rot, _ROPE_NORM, r.n_ctx_orig, r.freq_base, r.freq_scale,
-         r.ext_factor, r.attn_factor, r.beta_fast, r.beta_slow),
+        (config.n_rot, _ROPE_NORM, config.n_ctx_orig, config.freq_base, config.freq_scale,
+         config.ext_factor, config.attn_factor, config.beta_fast, config.beta_slow),
     )  # fmt: skip
 
 
@@ -156,7 +155,7 @@ def _heads_of_cache(g: Graph, cache: Tensor, head: int, n_head: int, n_kv: int) 
     return g.permute(heads, (0, 2, 1, 3))
 
 
-def _add_outputs_only(g: Graph, out: Tensor, residual: Tensor, output_ids: Tensor) -> Tensor:
-    """Behind the last attention only the wanted tokens go on; they move to the front."""
-    wanted = g.add(g.get_rows(out, output_ids), g.get_rows(residual, output_ids))
-    return g.copy(wanted, g.first_rows(residual, output_ids.shape[0]))
+def _add_last_only(g: Graph, out: Tensor, residual: Tensor, last_token: Tensor) -> Tensor:
+    """Behind the last attention only one token goes on; it moves to the front."""
+    last = g.add(g.get_rows(out, last_token), g.get_rows(residual, last_token))
+    return g.copy(last, g.first_rows(residual, 1))

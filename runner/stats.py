@@ -1,6 +1,7 @@
 """Counters of a run and the frozen snapshot that leaves the engine. Counts nothing by itself."""
 
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from runner.miss_policy import RoutingPlan
@@ -34,19 +35,21 @@ class StatsRecorder:
         self._batch_ns = {True: 0, False: 0}
         self._compute_ns = 0
 
-    def record(self, layer: int, plan: RoutingPlan) -> None:
-        """Count one layer's plan."""
-        self._hit[layer] += plan.n_hit
-        self._n_routings += 1
-
-    def add_compute(self, n_ns: int) -> None:
-        """Count time spent inside ggml."""
-        self._compute_ns += n_ns
-
-    def add_batch(self, n_tokens: int, n_ns: int, is_prompt: bool) -> None:
-        """Count one finished batch, from its tokens to its logits."""
+    def record_batch(
+        self,
+        n_tokens: int,
+        plans: Sequence[RoutingPlan],
+        total_ns: int,
+        compute_ns: int,
+        is_prompt: bool,
+    ) -> None:
+        """Count one finished batch, from its tokens to its logits; plans in the layers' order."""
+        for layer, plan in enumerate(plans):
+            self._hit[layer] += plan.n_hit
+        self._n_routings += len(plans)
         self._n_tokens[is_prompt] += n_tokens
-        self._batch_ns[is_prompt] += n_ns
+        self._batch_ns[is_prompt] += total_ns
+        self._compute_ns += compute_ns
 
     def snapshot(self, n_past: int, n_ctx: int) -> StatsSnapshot:
         total_ns = self._batch_ns[True] + self._batch_ns[False]

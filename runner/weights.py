@@ -1,11 +1,12 @@
 """The model's weights as device tensors, used in place over the mapped file. Knows no graph."""
 
+from contextlib import ExitStack
 from dataclasses import dataclass
 from itertools import pairwise
 
 import numpy as np
 
-from quant.ggml import Backend, Buffer, Context, Tensor
+from quant.ggml import Backend, Context, Tensor
 from quant.gguf_file import GGUFFile, TensorInfo
 from runner.model_config import ModelConfig
 
@@ -48,29 +49,32 @@ class Weights:
 
     def __init__(self, file: GGUFFile, config: ModelConfig, backend: Backend, n_ctx: int) -> None:
         self._file = file
-        self._context = Context(backend.ggml, len(file.tensors) + 1)
-        self._mappings = [backend.wrap(file.mapping(i)) for i in range(len(file.paths))]
-        self._copies: list[tuple[Context, Buffer]] = []
         self._backend = backend
+        self._n_copied_bytes = 0
+        with ExitStack() as owned:
+            self._owned = owned
+            self._context = owned.enter_context(Context(backend.ggml, len(file.tensors) + 1))
+            self._mappings = [
+                owned.enter_context(backend.wrap(file.mapping(i))) for i in range(len(file.paths))
+            ]
+            self._place(config, n_ctx)
+            self._owned = owned.pop_all()
+
+    def _place(self, config: ModelConfig, n_ctx: int) -> None:
         self.token_embd = self._tensor("token_embd.weight")
         self.output_norm = self._tensor("output_norm.weight")
         self.output = self._optional("output.weight") or self.token_embd
-        rope_factors = config.rope_factors_tensor(file, n_ctx)
+        rope_factors = config.rope_factors_tensor(self._file, n_ctx)
         self.rope_factors = self._tensor(rope_factors) if rope_factors else None
         self.layers = tuple(self._layer(config, layer) for layer in range(config.n_layer))
 
     def close(self) -> None:
-        for context, buffer in self._copies:
-            buffer.close()
-            context.close()
-        for mapping in self._mappings:
-            mapping.close()
-        self._context.close()
+        self._owned.close()
 
     @property
     def n_copied_bytes(self) -> int:
         """Bytes of weights that could not be used in place (scattered experts of old files)."""
-        return sum(buffer.n_bytes for _, buffer in self._copies)
+        return self._n_copied_bytes
 
     def _layer(self, config: ModelConfig, layer: int) -> LayerWeights:
         prefix = f"blk.{layer}."
@@ -114,9 +118,9 @@ class Weights:
 
     def _copied_slab(self, infos: list[TensorInfo]) -> Tensor:
         """Experts that lie unevenly in the file cannot be one tensor in place: copy them."""
-        context = Context(self._backend.ggml, 1)
+        context = self._owned.enter_context(Context(self._backend.ggml, 1))
         slab = context.tensor(infos[0].type.id, *infos[0].shape, len(infos))
-        self._copies.append((context, context.allocate(self._backend)))
+        self._n_copied_bytes += self._owned.enter_context(context.allocate(self._backend)).n_bytes
         for expert, info in enumerate(infos):
             data = np.empty(info.n_bytes, np.uint8)
             self._file.read(info.range, data)

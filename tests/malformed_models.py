@@ -77,6 +77,7 @@ def _add_hparam_cases(cases: Cases) -> None:
     cases.add_key("block_count_text", _P + "block_count", STR, "2")
     cases.add_key("block_count_float", _P + "block_count", F32, 2.0)
     cases.add_key("embedding_length_0", _P + "embedding_length", U32, 0)
+    cases.add_key("embedding_length_2_25", _P + "embedding_length", U32, 2**25)
     cases.add_key("embedding_length_64", _P + "embedding_length", U32, 64)
     cases.add_key("embedding_length_not_divisible", _P + "embedding_length", U32, 33)
     cases.add_key("context_length_0", _P + "context_length", U32, 0)
@@ -130,10 +131,17 @@ def _add_expert_cases(cases: Cases) -> None:
         "old_layout_one_expert_missing",
         lambda: small_mixtral(old_layout=True).without_tensor("blk.1.ffn_up.3.weight"),
     )
+    cases.add("old_layout_mixed_types", _experts_of_two_types)
     cases.add(
         "old_layout_declares_8_experts",
         lambda: small_mixtral(old_layout=True).with_key(_P + "expert_count", U32, 8),
     )
+
+
+def _experts_of_two_types() -> Gguf:
+    model, name = small_mixtral(old_layout=True), "blk.1.ffn_down.2.weight"
+    n_f16_bytes = next(len(tensor.data) for tensor in model.tensors if tensor.name == name)
+    return model.with_tensor(name, type=TYPE_F32, data=bytes(2 * n_f16_bytes))
 
 
 def _add_weight_cases(cases: Cases) -> None:

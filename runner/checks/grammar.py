@@ -19,6 +19,7 @@ _MAX_DEPTH = 2_000  # and nested parentheses
 _MAX_ELEMENTS = 1_000_000  # characters and references, repetitions written out
 _MAX_REPETITIONS = 2_000  # llama.cpp's own limit
 _SCHEMA_S = 2.0
+_CHECK_S = 2.0
 
 _LOOSE_CHARACTER = r'char ::= [^"\\] |'
 _JSON_CHARACTER = r'char ::= [^"\\\x7F\x00-\x1F] |'
@@ -50,7 +51,16 @@ def check_grammar(text: str) -> None:
         raise OptionError(
             f"The grammar must be Unicode text without NUL of at most {_MAX_CHARACTERS} characters."
         )
-    rules = _Parser(text).parse()
+    try:
+        with time_limit(_CHECK_S):
+            _check_rules(_Parser(text).parse())
+    except TimeLimitError as error:
+        raise OptionError(
+            f"The grammar takes over {_CHECK_S:g} s to check: make it smaller."
+        ) from error
+
+
+def _check_rules(rules: Rules) -> None:
     _check_references(rules)
     nullable = _nullable(rules)
     _check_left_recursion(rules, nullable)

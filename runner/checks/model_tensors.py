@@ -34,6 +34,7 @@ def check_tensors(file: GGUFFile, config: ModelConfig) -> None:
     for wanted in _wanted_tensors(config):
         known.add(wanted.name)
         _check_tensor(file, wanted)
+    _check_expert_types(file, config)
     unknown = [name for name in file.tensors if name not in known]
     if unknown:
         raise ModelError(
@@ -43,10 +44,25 @@ def check_tensors(file: GGUFFile, config: ModelConfig) -> None:
         )
 
 
+def _check_expert_types(file: GGUFFile, config: ModelConfig) -> None:
+    """Experts in tensors of their own must be of one type: they are multiplied together."""
+    if config.has_merged_experts or not config.is_moe:
+        return
+    for layer in range(config.n_layer):
+        for projection in _PROJECTIONS:
+            prefix = f"blk.{layer}.ffn_{projection}"
+            names = [f"{prefix}.{expert}.weight" for expert in range(config.n_expert)]
+            first, *others = (file.tensors[name] for name in names)
+            for other in others:
+                if other.type != first.type:
+                    expected = f"{first.type.name} as in '{first.name}'"
+                    raise _tensor_error(file, other, f"type {other.type.name}", expected)
+
+
 def check_norms(file: GGUFFile, config: ModelConfig) -> None:
     """Read the norms, biases and rope factors; raise ModelError for a NaN or an infinity.
 
-    Reads about 2 x n_layer x n_embd x 4 bytes with `pread`.
+    Reads about 2 x n_layer x n_embd x 4 bytes with `pread`, one tensor at a time.
     """
     for wanted in _wanted_tensors(config):
         if wanted.types is not F32_ONLY or wanted.name not in file.tensors:

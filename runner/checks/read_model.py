@@ -17,6 +17,7 @@ SUPPORTED_ARCHITECTURES = ("llama",)
 MAX_LAYERS = 512  # llama.cpp's own limits
 MAX_EXPERTS = 1024
 MAX_VOCAB = 1 << 19
+MAX_EMBD = 1 << 18  # several times the widest model there is
 ROPE_SCALING_TYPES = ("none", "linear", "yarn", "longrope")
 
 # Keys of other architectures; llama.cpp reads none of them for `llama`, and neither do we.
@@ -40,8 +41,8 @@ def read_model(file: GGUFFile) -> ModelConfig:
     keys = ModelKeys(file)
     config = _read_config(keys, file, _architecture(keys))
     check_tensors(file, config)
-    check_norms(file, config)
     check_tokenizer(file, config.n_vocab)
+    check_norms(file, config)
     return config
 
 
@@ -59,7 +60,7 @@ def _architecture(keys: ModelKeys) -> str:
 def _read_config(keys: ModelKeys, file: GGUFFile, architecture: str) -> ModelConfig:
     p = architecture + "."
     n_layer = keys.unsigned(p + "block_count", 1, MAX_LAYERS)
-    n_embd = keys.unsigned(p + "embedding_length", 1)
+    n_embd = keys.unsigned(p + "embedding_length", 1, MAX_EMBD)
     n_ctx_train = keys.unsigned(p + "context_length", 1)
     n_ff = keys.uniform(p + "feed_forward_length", n_layer, 1, 2**31 - 1)
     n_head, n_head_kv = _read_heads(keys, p, n_layer)

@@ -11,7 +11,8 @@ from gguf import GGMLQuantizationType as T
 from runner.batch_graph import BatchGraph
 from runner.config import EngineConfig
 from runner.engine import Cancelled, Engine
-from runner.errors import ContextFullError, OptionError
+from runner.errors import BackendError, CancelledError, ContextFullError, OptionError
+from runner.miss_policy import RoutingPlan
 from tests.conftest import FILE_TYPES
 from tests.llama_cpp_oracle import LlamaCpp, mean_kl
 from tests.numpy_oracle import numpy_logits
@@ -170,13 +171,13 @@ def test_the_router_chooses_what_its_scores_say(demo_path, held_out_text) -> Non
     engine = Engine(demo_path, THREADS)
     seen = []
 
-    def look(graph: BatchGraph, cancelled: Cancelled) -> np.ndarray:
-        for _ in range(engine.model_config.n_layer):
-            ids = graph.route(len(seen)).copy()
+    def look(graph: BatchGraph, cancelled: Cancelled) -> list[RoutingPlan]:
+        for layer in range(engine.model_config.n_layer):
+            ids = graph.route(layer).copy()
             seen.append((ids, graph.router_weights().copy(), graph.router_scores().copy()))
-        return graph.finish()
+        return []
 
-    engine._forward = look  # type: ignore[method-assign]
+    engine._run_layers = look  # type: ignore[method-assign]
     engine.prefill([0, *range(300, 340)])
     for ids, weights, scores in seen:
         expected_ids = np.argsort(-scores, axis=1, kind="stable")[:, :2]
@@ -261,22 +262,80 @@ def test_generation_ends_at_n_predict_and_at_a_stop_token(demo_path) -> None:
     engine.close()
 
 
-def test_a_cancelled_prompt_keeps_what_was_computed(demo_path) -> None:
-    engine = Engine(demo_path, EngineConfig(n_threads=1, n_batch=32))
-    progress = []
+@pytest.mark.parametrize("n_expert", [0, 4])
+def test_a_cancelled_prompt_keeps_what_was_computed(n_expert: int, tmp_path: Path) -> None:
+    path = write_random_model(tmp_path / "model.gguf", RandomModel(n_expert=n_expert))
+    config = EngineConfig(n_threads=1, n_threads_batch=2, n_batch=32)
+    engine, fresh = Engine(path, config), Engine(path, config)
+    done, threads = [], []
+    engine.backend.set_n_threads = threads.append  # type: ignore[method-assign]
     steps = list(
         engine.generate(
-            [0] * 200, np.argmax, 4, lambda token: False,
-            cancelled=lambda: len(progress) >= 3,
-            on_prompt=lambda done, total, cached: progress.append(done),
+            [1] * 200, np.argmax, 4, lambda token: False,
+            cancelled=lambda: len(done) >= 3,
+            on_prompt=lambda n, total, cached: done.append(n),
         )
     )  # fmt: skip
     assert [(s.token, s.stop_reason) for s in steps] == [(-1, "cancelled")]
     assert engine.n_past == 64
-    expected = Engine(demo_path, EngineConfig(n_threads=1, n_batch=32))
-    assert np.array_equal(engine.prefill([0] * 200), expected.prefill([0] * 200))
+    assert threads == [2, 1]
+    assert engine.snapshot().n_tokens_prompt == 64
+    assert np.array_equal(engine.prefill([1] * 200), fresh.prefill([1] * 200))
     engine.close()
-    expected.close()
+    fresh.close()
+
+
+@pytest.mark.parametrize("error", [BackendError("failed"), MemoryError(), CancelledError()])
+def test_a_batch_that_fails_leaves_no_trace(error, demo_path, monkeypatch) -> None:
+    engine, fresh = Engine(demo_path, THREADS), Engine(demo_path, THREADS)
+    for each in (engine, fresh):
+        each.prefill([0, 300, 301])
+
+    def fail(graph: BatchGraph, layer: int) -> np.ndarray:
+        raise error
+
+    with monkeypatch.context() as m, pytest.raises(type(error)):
+        m.setattr(BatchGraph, "route", fail)
+        engine.decode(7)
+    assert engine.n_past == 3 and engine.snapshot().n_tokens_generated == 0
+    assert np.array_equal(engine.decode(8), fresh.decode(8))
+    engine.close()
+    fresh.close()
+
+
+def test_numbers_that_overflowed_do_not_outlive_their_context(tmp_path: Path) -> None:
+    m = RandomModel(type=T.F32, n_layer=2)
+    path = write_random_model(tmp_path / "model.gguf", m)
+    poison_embedding(path, token=300)
+    engine = Engine(path, THREADS)
+    clean = [1, *range(259, 299)] * 2
+    expected = engine.prefill(clean).copy()
+    assert np.isfinite(expected).all()
+    assert np.isnan(engine.prefill([*clean, *[300] * 30])).any()
+    engine.reset()
+    assert np.array_equal(engine.prefill(clean), expected)
+    assert np.isfinite(engine.decode(260)).all()
+    engine.close()
+
+
+def poison_embedding(path: Path, token: int) -> None:
+    reader = gguf.GGUFReader(path, "r+")
+    tensor = next(t for t in reader.tensors if t.name == "token_embd.weight")
+    tensor.data[token] = np.nan
+    reader.data.flush()
+
+
+def test_a_prompt_of_one_token_counts_as_a_prompt(demo_path) -> None:
+    engine = Engine(demo_path, THREADS)
+    engine.prefill([0])
+    stats = engine.snapshot()
+    assert (stats.n_tokens_prompt, stats.n_tokens_generated) == (1, 0)
+    engine.close()
+
+
+def test_keys_and_values_that_do_not_fit_memory_are_refused_at_once(demo_path) -> None:
+    with pytest.raises(OptionError, match=r"-c 16000000: .* GB and .* free: use a smaller -c"):
+        Engine(demo_path, EngineConfig(n_ctx=16_000_000))
 
 
 def test_a_context_shift_drops_the_oldest_half_and_goes_on(demo_path) -> None:
@@ -286,7 +345,8 @@ def test_a_context_shift_drops_the_oldest_half_and_goes_on(demo_path) -> None:
     steps = list(engine.generate(prompt, lambda x: int(x.argmax()), 120, lambda token: False))
     assert len(steps) == 120 and steps[-1].stop_reason == "length"
     kept = list(engine._tokens)
-    assert kept[:4] == prompt[:4] and kept[4] == prompt[4 + 126]
+    # The first token and 4 more stay, then half of the other 251 is gone.
+    assert kept[:5] == prompt[:5] and kept[5] == prompt[5 + 125]
     ours = engine.decode(300).copy()
     fresh = Engine(demo_path, config)
     fresh.prefill(kept)
@@ -295,9 +355,18 @@ def test_a_context_shift_drops_the_oldest_half_and_goes_on(demo_path) -> None:
     fresh.close()
 
 
-def test_shifted_keys_equal_keys_computed_at_the_new_positions(tmp_path: Path) -> None:
-    path = write_random_model(tmp_path / "model.gguf", RandomModel(n_layer=1, n_expert=0))
-    config = EngineConfig(n_threads=1, n_ctx=256, context_shift=True, n_keep=8)
+YARN = {
+    "rope.scaling.type": "yarn",
+    "rope.scaling.factor": 4.0,
+    "rope.scaling.original_context_length": 64,
+}
+
+
+@pytest.mark.parametrize("rope", [{}, YARN, {"rope.scaling.attn_factor": 2.0}])
+def test_shifted_keys_equal_keys_computed_at_the_new_positions(rope, tmp_path: Path) -> None:
+    m = RandomModel(n_layer=1, n_expert=0, metadata=rope)
+    path = write_random_model(tmp_path / "model.gguf", m)
+    config = EngineConfig(n_threads=1, n_ctx=256, context_shift=True, n_keep=7)
     engine, fresh = Engine(path, config), Engine(path, config)
     tokens = [1, *range(259, 319)] * 4
     engine.prefill(tokens)
@@ -309,11 +378,27 @@ def test_shifted_keys_equal_keys_computed_at_the_new_positions(tmp_path: Path) -
     fresh.close()
 
 
+def test_a_shift_that_fails_leaves_an_empty_context(demo_path, monkeypatch) -> None:
+    engine = Engine(demo_path, EngineConfig(n_threads=1, n_ctx=256, context_shift=True))
+    engine.prefill([0, *range(300, 555)])
+
+    def fail(*_: object) -> None:
+        raise BackendError("out of memory")
+
+    monkeypatch.setattr("runner.context_shift.rotate_keys", fail)
+    with pytest.raises(BackendError):
+        engine._make_room()
+    seen = []
+    engine.prefill([0, 300, 301], on_prompt=lambda *n: seen.append(n))
+    assert seen == [(0, 3, 0), (3, 3, 0)]
+    engine.close()
+
+
 def test_a_prompt_too_long_for_a_shifting_context_loses_its_oldest_part(demo_path) -> None:
     engine = Engine(demo_path, EngineConfig(n_threads=1, n_ctx=64, context_shift=True, n_keep=2))
     prompt = [0, *range(300, 450)]
     list(engine.generate(prompt, np.argmax, 1, lambda token: False))
-    assert engine._tokens[:2] == prompt[:2]
+    assert engine._tokens[:3] == prompt[:3]
     assert engine._tokens[-10:] == prompt[-10:]
     assert 32 <= engine.n_past < 64
     engine.close()

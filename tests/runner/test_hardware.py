@@ -13,7 +13,7 @@ from runner.page_in import page_in
 
 
 def test_cores_are_at_most_the_processors_of_this_process() -> None:
-    assert 1 <= hardware.n_physical_cores() <= len(os.sched_getaffinity(0))
+    assert 1 <= hardware.n_cores() <= len(os.sched_getaffinity(0))
 
 
 def test_hyper_threads_count_once(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -23,7 +23,7 @@ def test_hyper_threads_count_once(monkeypatch: pytest.MonkeyPatch, tmp_path: Pat
         (folder / "thread_siblings_list").write_text(siblings)
     monkeypatch.setattr(hardware, "_CPUS", tmp_path)
     monkeypatch.setattr(os, "sched_getaffinity", lambda pid: {0, 1, 2, 3})
-    assert hardware.n_physical_cores() == 2
+    assert hardware.n_cores() == 2
 
 
 def test_available_memory_is_what_the_system_says() -> None:
@@ -62,3 +62,17 @@ def test_reading_ahead_reports_its_way_and_can_be_stopped(demo_path: Path) -> No
         assert seen[-1] == (file.size_bytes, file.size_bytes)
         with pytest.raises(CancelledError):
             page_in(file, lambda *_: None, lambda: True)
+
+
+def test_a_containers_share_of_the_processor_limits_the_threads(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    (tmp_path / "box").mkdir()
+    (tmp_path / "box" / "cpu.max").write_text("150000 100000\n")
+    (tmp_path / "cpu.max").write_text("max 100000\n")
+    (tmp_path / "membership").write_text("0::/box\n")
+    monkeypatch.setattr(hardware, "_CGROUPS", tmp_path)
+    monkeypatch.setattr(hardware, "_MEMBERSHIP", tmp_path / "membership")
+    monkeypatch.setattr(hardware, "_CPUS", tmp_path / "none")
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(64)))
+    assert hardware.n_cores() == 2
