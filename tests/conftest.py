@@ -1,6 +1,7 @@
 """Models that many tests share; each is made once a session."""
 
 import os
+import signal
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,9 @@ HELD_OUT = ROOT / "tests" / "data" / "held_out"
 
 # Threads that wait for each other crawl on a machine that does something else meanwhile.
 os.environ["BUDDYRUN_THREADS"] = "1"
+
+# A shell that starts tests in the background has them ignore Ctrl-C, which some of them press.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # LLAMA_FTYPE numbers of llama.cpp's quantizer
 FILE_TYPES = {
