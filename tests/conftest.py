@@ -15,8 +15,10 @@ HELD_OUT = ROOT / "tests" / "data" / "held_out"
 # Threads that wait for each other crawl on a machine that does something else meanwhile.
 os.environ["BUDDYRUN_THREADS"] = "1"
 
-# A shell that starts tests in the background has them ignore Ctrl-C, which some of them press.
+# Started in the background or by nohup, the tests and their children would ignore these.
 signal.signal(signal.SIGINT, signal.default_int_handler)
+if hasattr(signal, "SIGHUP"):
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 # LLAMA_FTYPE numbers of llama.cpp's quantizer
 FILE_TYPES = {
