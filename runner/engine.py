@@ -244,7 +244,7 @@ class Engine:
             return context_shift.without_oldest(tokens, self.n_ctx, self._n_keep)
         raise ContextFullError(
             f"the prompt has {len(tokens)} tokens and the context holds {self.n_ctx}, one of them "
-            "for the answer: shorten it, use /clear, a larger -c, or --context-shift"
+            "for the answer: a larger -c makes more room"
         )
 
     @property

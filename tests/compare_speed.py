@@ -6,6 +6,9 @@ Without MODEL a random Mixtral of 2.54 GB is written to a temporary folder first
 """
 
 import argparse
+import json
+import subprocess
+import sys
 import tempfile
 import time
 from collections.abc import Callable
@@ -14,10 +17,8 @@ from pathlib import Path
 
 import numpy as np
 
-from runner.client import Client
-from runner.config import EngineConfig, GenerateRequest, SamplingConfig
+from runner.config import EngineConfig
 from runner.engine import Engine
-from runner.protocol import GenerateResult
 from tests.llama_cpp_oracle import LlamaCpp
 from tests.random_model import write_big_mixtral
 
@@ -109,25 +110,12 @@ def python_us_per_layer(path: Path, n_threads: int) -> float:
     return spent / (after.n_routings - before.n_routings) * 1e6
 
 
-def anonymous_megabytes(path: Path, n_threads: int) -> dict[str, float]:
+def anonymous_megabytes(path: Path) -> dict[str, float]:
     """Anonymous memory of both processes after an answer, in MB (the weights are file pages)."""
-    request = GenerateRequest(
-        prompt="w1 w2 w3 " * 100, n_predict=64, sampling=SamplingConfig(ignore_eos=True)
-    )
-    with Client.start() as client:
-        client.load(path, EngineConfig(n_threads=n_threads))
-        *_, result = client.generate(request)
-        assert isinstance(result, GenerateResult) and result.n_generated == 64
-        return {
-            "the engine's process": _anonymous(str(client.pid)),
-            "the terminal's process": _anonymous("self"),
-        }
-
-
-def _anonymous(pid: str) -> float:
-    status = Path(f"/proc/{pid}/status").read_text()
-    line = next(line for line in status.splitlines() if line.startswith("RssAnon"))
-    return int(line.split()[1]) * 1024 / 1e6
+    command = [sys.executable, "-m", "tests.chat_memory", str(path)]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    used: dict[str, float] = json.loads(done.stdout)
+    return used
 
 
 def main() -> None:
@@ -139,7 +127,7 @@ def main() -> None:
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         path = options.model or write_big_mixtral(Path(folder) / "mixtral.gguf")
-        for name, megabytes in anonymous_megabytes(path, options.threads).items():
+        for name, megabytes in anonymous_megabytes(path).items():
             print(f"anonymous memory of {name}: {megabytes:.0f} MB", flush=True)
         for comparison in compare(path, options.threads, options.rounds, options.repack):
             print(comparison, flush=True)

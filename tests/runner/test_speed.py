@@ -28,7 +28,7 @@ def test_decoding_and_prompts_keep_up_with_llama_cpp(big_path: Path) -> None:
 
 
 def test_the_weights_are_file_pages_and_not_anonymous_memory(big_path: Path) -> None:
-    used = compare_speed.anonymous_megabytes(big_path, n_threads=2)
+    used = compare_speed.anonymous_megabytes(big_path)
     assert sum(used.values()) < 400, used
     assert used["the terminal's process"] < 80, used
 
