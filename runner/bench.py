@@ -201,9 +201,14 @@ def _csv(results: Iterable[BenchRecord]) -> Iterator[str]:
     yield ",".join(names)
     for result in results:
         line = io.StringIO()
-        values = [getattr(result, name) for name in names]
+        values = [_csv_value(getattr(result, name)) for name in names]
         csv.writer(line, quoting=csv.QUOTE_ALL, lineterminator="").writerow(values)
         yield line.getvalue()
+
+
+def _csv_value(value: object) -> object:
+    """llama-bench writes 1 and 0 for true and false."""
+    return int(value) if isinstance(value, bool) else value
 
 
 def _deviation(values: tuple[int, ...] | tuple[float, ...]) -> float:

@@ -28,8 +28,8 @@ if TYPE_CHECKING:
 
 HOW_TO_LEAVE = "Use Ctrl-D or /bye to leave."
 _WHAT_TO_DO = (
-    "Your message was taken back. Shorten it, /clear the messages, start with more room (-c N), or"
-    " let the oldest part be forgotten (--context-shift)."
+    "Shorten the message, /clear the messages, start with more room (-c N), or let the oldest part"
+    " be forgotten (--context-shift)."
 )
 
 
@@ -89,7 +89,7 @@ class Chat:
         return Next.READ
 
     def _take(self, message: str) -> None:
-        if message.strip() or self._conversation.attached:
+        if message.strip():
             self._conversation.ask(message)
             self._answer()
 
@@ -138,9 +138,7 @@ class Chat:
             why = (
                 "Stopped before" if result.stop_reason == "cancelled" else "The model ended before"
             )
-            self._view.say(
-                f"{why} the first word; your message was taken back. /regen tries again."
-            )
+            self._view.say(f"{why} the first word. {self._what_is_left()} /regen tries again.")
         self._view.last_line(
             result, self._conversation.settings.verbose, total_s, self._state.info.load_s
         )
@@ -150,11 +148,15 @@ class Chat:
         if isinstance(error, InternalError | WorkerDiedError):
             self._say_log()
         if isinstance(error, ContextFullError):
-            self._view.say(_WHAT_TO_DO)
+            self._view.say(f"{self._what_is_left()} {_WHAT_TO_DO}")
         elif not isinstance(error, WorkerDiedError):
             self._view.say("/regen tries your last message again.")
         elif self._restart():
             self._view.say("Restarted; your conversation is kept. /regen answers it again.")
+
+    def _what_is_left(self) -> str:
+        is_taken_back = self._conversation.has_unanswered
+        return "Your message was taken back." if is_taken_back else "The earlier answer is kept."
 
     def _say_log(self) -> None:
         if self._conversation.settings.verbose:
@@ -171,7 +173,9 @@ class Chat:
             self._is_down = True
             self._view.status.clear()
             self._view.warn(str(error) or "Stopped.")
-            self._view.say("Your conversation is kept: /save FILE writes it, /regen tries again.")
+            self._view.say(
+                "The answered messages are kept: /save FILE writes them; /regen tries again."
+            )
         self._view.status.clear()
         return not self._is_down
 

@@ -15,7 +15,7 @@ import click
 from runner.errors import BuddyrunError
 from runner.terminal import cli_options as options
 from runner.terminal.cli_options import Params
-from runner.terminal.command_group import DefaultGroup, SectionedCommand
+from runner.terminal.command_group import DefaultGroup, FlagCommand, SectionedCommand
 from runner.terminal.terminal_text import visible
 
 NAME = "buddyrun"
@@ -66,12 +66,14 @@ def _run(arguments: list[str]) -> int:
 
 
 def prepare_streams() -> None:
-    """Make stdout and stderr usable whatever the caller left: closed, or of an odd encoding."""
+    """Make the streams usable whatever the caller left: closed, or of an odd encoding."""
+    if sys.stdin is None:  # the first, so that it gets the lowest free number, 0
+        sys.stdin = open(os.devnull, encoding="utf-8")  # noqa: SIM115
     if sys.stdout is None:
         sys.stdout = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115
     if sys.stderr is None:
         sys.stderr = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115
-    for stream in (sys.stdout, sys.stderr):
+    for stream in (sys.stdin, sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
             encoding = stream.encoding if stream.isatty() else "utf-8"
             stream.reconfigure(encoding=encoding, errors="replace")
@@ -128,9 +130,8 @@ def _run_command(**params: Any) -> None:
 
     words = list(params["words"])
     context = click.get_current_context()
-    source = context.get_parameter_source("model")
-    is_given = source is click.core.ParameterSource.COMMANDLINE
-    if not is_given and words:
+    params |= options.settled_rivals(context)
+    if not options.is_on_command_line(context, "model") and words:
         params["model"] = words.pop(0)
     if not params["model"]:
         raise click.UsageError("Missing MODEL, the path of a GGUF file.", context)
@@ -138,8 +139,10 @@ def _run_command(**params: Any) -> None:
 
 
 def _demo_command(**params: Any) -> None:
-    from runner.terminal.run_command import demo_model, run_model
+    from runner.terminal.model_path import demo_model
+    from runner.terminal.run_command import run_model
 
+    params |= options.settled_rivals(click.get_current_context())
     params["model"] = str(demo_model())
     run_model(params, list(params["words"]), os.environ, [])
 
@@ -157,6 +160,9 @@ def _bench_command(**params: Any) -> None:
 
 
 def _chosen_model(params: Params) -> str:
+    context = click.get_current_context()
+    if params["word"] and options.is_on_command_line(context, "model"):
+        raise click.UsageError("Give the model either as MODEL or with -m, not both.", context)
     word: str | None = params["word"] or params["model"]
     if not word:
         raise click.UsageError("Missing MODEL, the path of a GGUF file.")
@@ -212,25 +218,27 @@ commands = DefaultGroup(
             "[PROMPT]...",
             (),
         ),
-        click.Command(
+        FlagCommand(
             "show",
             params=[
                 click.Argument(["word"], required=False, metavar="MODEL", type=options.FILE),
                 options.MODEL_FLAG,
                 options.switch("--json", "as_json", help="Print JSON."),
                 options.switch("--template", "template", help="Print the chat template too."),
+                options.VERBOSE_FLAG,
             ],
             callback=_show_command,
             short_help="Print a model's architecture, types and sizes",
             help="Print a model's architecture, types and sizes.",
         ),
-        click.Command(
+        FlagCommand(
             "bench",
             params=[
                 click.Argument(["word"], required=False, metavar="MODEL", type=options.FILE),
                 options.MODEL_FLAG,
                 *options.BENCH_FLAGS,
                 *options.THREAD_FLAGS,
+                options.VERBOSE_FLAG,
             ],
             callback=_bench_command,
             short_help="Measure the speed of prompts and generation",

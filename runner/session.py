@@ -24,6 +24,8 @@ from runner.sampler import Sampler
 from runner.stats import StatsSnapshot
 from runner.tokenizer import Tokenizer
 
+_THINK = "<think>"
+
 Cancelled = Callable[[], bool]
 Emit = Callable[[TextPiece | PromptProgress], None]
 
@@ -85,9 +87,11 @@ class Session:
         Raises OptionError, TemplateError, ContextFullError.
         """
         model = self._loaded()
-        tokens = _prompt_tokens(model, request)
+        text = _prompt_text(model, request)
+        tokens = model.tokenizer.tokenize(text, add_special=True, parse_special=True)
+        opening = _THINK + "\n" if _opens_thinking(text, request) else ""
         with Sampler(model.tokenizer, request.sampling, tokens) as sampler:
-            return Answer(model, request, emit).make(tokens, sampler, cancelled)
+            return Answer(model, request, emit, opening).make(tokens, sampler, cancelled)
 
     def bench(
         self,
@@ -122,9 +126,13 @@ class Session:
 class Answer:
     """One answer while it is made: the text that came and the time it took."""
 
-    def __init__(self, model: LoadedModel, request: GenerateRequest, emit: Emit) -> None:
+    def __init__(
+        self, model: LoadedModel, request: GenerateRequest, emit: Emit, opening: str
+    ) -> None:
+        """`opening` goes before the first text of the model; without any text it is left out."""
         self._model = model
         self._emit = emit
+        self._opening = opening
         self._n_predict = request.n_predict
         continues_text = request.prompt is not None
         self._detokenizer = model.tokenizer.detokenizer(keep_leading_space=continues_text)
@@ -172,11 +180,14 @@ class Answer:
         self._emit(PromptProgress(done, total, n_cached))
 
     def _emit_text(self, text: str) -> None:
+        if text and self._opening:
+            self._emit(TextPiece(self._opening, 0))
+            self._opening = ""
         if text:
             self._emit(TextPiece(text, self._n_generated))
 
 
-def _prompt_tokens(model: LoadedModel, request: GenerateRequest) -> list[int]:
+def _prompt_text(model: LoadedModel, request: GenerateRequest) -> str:
     text = request.prompt
     if text is None:
         if not request.messages:
@@ -187,7 +198,16 @@ def _prompt_tokens(model: LoadedModel, request: GenerateRequest) -> list[int]:
         text = model.template.render(request.messages)
     if not text:
         raise OptionError("the prompt is empty")
-    return model.tokenizer.tokenize(text, add_special=True, parse_special=True)
+    return text
+
+
+def _opens_thinking(prompt: str, request: GenerateRequest) -> bool:
+    """Whether the chat template began the thinking section, so that the answer lacks its tag.
+
+    An answer that must follow a grammar begins with that grammar, not with thinking.
+    """
+    is_free = not (request.sampling.grammar or request.sampling.json_schema)
+    return request.prompt is None and is_free and prompt.rstrip().endswith(_THINK)
 
 
 def _describe(path: str, model: LoadedModel, load_s: float) -> ModelInfo:

@@ -38,7 +38,6 @@ class Tokenizer:
         self.n_vocab: int = self._api.llama_vocab_n_tokens(self._vocab)
         self.bos: int = self._api.llama_vocab_bos(self._vocab)
         self.eos: int = self._api.llama_vocab_eos(self._vocab)
-        self.eot: int = self._api.llama_vocab_eot(self._vocab)
         self.add_bos: bool = self._api.llama_vocab_get_add_bos(self._vocab)
         template = self._api.llama_model_chat_template(self._model, None)
         self.chat_template: str | None = template.decode("utf-8", "replace") if template else None
@@ -106,16 +105,11 @@ class Tokenizer:
         has_two_bos = add_special and self.add_bos and tokens[:2] == [self.bos, self.bos]
         return tokens[1:] if has_two_bos else tokens
 
-    def detokenize(self, tokens: Sequence[int]) -> str:
-        """The text of a whole answer, as llama.cpp renders it; special tokens are left out."""
-        ids = np.array([self._checked(token) for token in tokens], np.int32)
-        return self._detokenize(ids).decode("utf-8", "replace")
-
     def detokenizer(self, keep_leading_space: bool = False) -> "Detokenizer":
         """A fresh stream from tokens to text.
 
         SentencePiece vocabularies write a space before the first word. The stream drops it as
-        `detokenize` does, unless `keep_leading_space` says that its text continues other text.
+        llama.cpp does, unless `keep_leading_space` says that its text continues other text.
         """
         return Detokenizer(self, keep_leading_space)
 

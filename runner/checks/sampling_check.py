@@ -1,4 +1,4 @@
-"""Checks the values of a SamplingConfig before llama.cpp sees them. Knows no llama.cpp."""
+"""The ranges of the fields of a SamplingConfig, and their check. Knows no llama.cpp."""
 
 import math
 
@@ -6,18 +6,18 @@ from runner.config import DEFAULT_SAMPLERS, SamplingConfig
 from runner.errors import OptionError
 
 RANDOM_SEED = 2**32 - 1  # llama.cpp's own word for "a new one each time", like our -1
-_MAX_INT = 2**31 - 1
+MAX_INT = 2**31 - 1
 _MAX_BREAKERS = 64
 
-_WHOLE_NUMBERS = {
+WHOLE_NUMBERS = {
     "seed": (-1, RANDOM_SEED),
-    "top_k": (-1, _MAX_INT),
-    "repeat_last_n": (-1, _MAX_INT),
-    "dry_allowed_length": (0, _MAX_INT),
-    "dry_penalty_last_n": (-1, _MAX_INT),
+    "top_k": (-1, MAX_INT),
+    "repeat_last_n": (-1, MAX_INT),
+    "dry_allowed_length": (0, MAX_INT),
+    "dry_penalty_last_n": (-1, MAX_INT),
     "mirostat": (0, 2),
 }
-_NUMBERS = {
+NUMBERS = {
     "temperature": (-math.inf, 1e6),
     "top_p": (0.0, 1.0),
     "min_p": (0.0, 1.0),
@@ -39,11 +39,11 @@ _NUMBERS = {
 
 def check_sampling(config: SamplingConfig) -> None:
     """Raise OptionError naming the first field that cannot work, and its range."""
-    for name, (low, high) in _WHOLE_NUMBERS.items():
+    for name, (low, high) in WHOLE_NUMBERS.items():
         value = getattr(config, name)
         if not isinstance(value, int) or isinstance(value, bool) or not low <= value <= high:
             raise OptionError(f"{name} must be a whole number from {low} to {high}, not {value!r}.")
-    for name, (least, most) in _NUMBERS.items():
+    for name, (least, most) in NUMBERS.items():
         value = getattr(config, name)
         if not isinstance(value, (int, float)) or not math.isfinite(value):
             raise OptionError(f"{name} must be a number, not {value!r}.")

@@ -1,12 +1,13 @@
 """One worker process as its parent sees it: start, messages, log, end. Knows no request."""
 
 import json
+import signal
 import subprocess
 import sys
 import tempfile
 import threading
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager, suppress
 from multiprocessing import AuthenticationError
 from multiprocessing.connection import Client as connect
 from multiprocessing.connection import Connection
@@ -39,7 +40,12 @@ class WorkerProcess:
         self._outbox: SimpleQueue[bytes | None] = SimpleQueue()
         self._log = bytearray()
         self._directory = make_private_directory()
-        self._process = self._spawn(PROGRAM)
+        with ExitStack() as undo:
+            undo.callback(remove_private_directory, self._directory)
+            with _held_ctrl_c():
+                self._process = self._spawn(PROGRAM)
+                undo.callback(self._process.kill)
+            undo.pop_all()
         self._threads = [self._start(self._drain_log), self._start(self._read)]
 
     def _spawn(self, program: str) -> subprocess.Popen[bytes]:
@@ -128,6 +134,20 @@ class WorkerProcess:
         while piece := stderr.read1(4096):  # type: ignore[attr-defined]
             self._log += piece
             del self._log[:-LOG_BYTES]
+
+
+@contextmanager
+def _held_ctrl_c() -> Iterator[None]:
+    """Hold Ctrl-C back: it comes when the block ends, and a process that is started in the block
+    never gets it. That process needs this until it can ignore Ctrl-C itself."""
+    if sys.platform == "win32":  # the worker has a process group of its own there
+        yield
+        return
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def make_private_directory() -> Path:

@@ -13,7 +13,6 @@ from runner.terminal.chat_view import ChatView
 from runner.terminal.cli_options import Params
 from runner.terminal.model_path import find_model
 from runner.terminal.run_command import loaded_model
-from runner.terminal.terminal_text import storable
 
 _DEFAULT_TEXT = "bench.txt"
 
@@ -22,7 +21,7 @@ def bench_model(model: str, params: Params) -> None:
     """Print the speed of a model. Raises BuddyrunError."""
     from runner.version import version
 
-    path = find_model(storable(model), [])
+    path = find_model(model, [])
     tests = [BenchTest(n, 0) for n in params["prompts"] if n]
     tests += [BenchTest(0, n) for n in params["gens"] if n]
     if not tests:

@@ -167,25 +167,28 @@ class ChatCommands:
         if not name:
             self._view.say(self._parameters())
         elif name == "system":
-            self._system(value or '""')
+            self._system(value)
         elif name in SWITCHES:
             self._switch(name, value)
         else:
             self._set_parameter(name, value)
 
     def _switch(self, name: str, value: str) -> None:
+        if value not in ("on", "off", ""):
+            raise OptionError(f"{name} must be on or off, not {value!r:.60}")
         settings = self._conversation.settings
+        is_on = (value != "off") != name.startswith("no")
         if name == "verbose":
-            if value not in ("on", "off", ""):
-                raise OptionError(f"verbose must be on or off, not {value!r}")
-            self._change(replace(settings, verbose=value != "off"))
-            self._view.say(f"verbose is {value or 'on'}.")
+            self._change(replace(settings, verbose=is_on))
+            self._view.say(f"verbose is {_shown(is_on)}.")
         elif name in ("think", "nothink"):
-            self._change(replace(settings, show_thinking=name == "think"))
-            self._view.say(f"Thinking sections are {'shown' if name == 'think' else 'hidden'}.")
+            self._change(replace(settings, show_thinking=is_on))
+            self._view.say(f"Thinking sections are {'shown' if is_on else 'hidden'}.")
+        elif not self._state.history.has_file:
+            self._view.say("No history file is in use.")
         else:
-            self._state.history.is_kept = name == "history"
-            self._view.say(f"Lines are {'' if name == 'history' else 'not '}kept in the history.")
+            self._state.history.keep(is_on)
+            self._view.say(f"Lines are {'' if is_on else 'not '}kept in the history.")
 
     def _set_parameter(self, name: str, text: str) -> None:
         option = find_option(name)
@@ -278,10 +281,10 @@ def _matching_files(begin: str) -> list[str]:
     shown = begin[: len(begin) - len(stem)]
     try:
         entries = sorted(os.scandir(Path(folder or shown or ".").expanduser()), key=_name)
-    except OSError:
+    except (OSError, RuntimeError, ValueError):  # no such folder, no such user, a NUL
         return []
     return [
-        shown + entry.name + ("/" if entry.is_dir() else "")
+        shown + entry.name + ("/" if os.path.isdir(entry) else "")
         for entry in entries
         if entry.name.startswith(stem) and (stem or not entry.name.startswith("."))
     ]
@@ -296,6 +299,8 @@ def _path(text: str, usage: str) -> Path:
         raise OptionError(f"Give a file name: {usage}")
     if len(text) > 1 and text[0] == text[-1] and text[0] in "\"'":
         text = text[1:-1]
+    if "\0" in text:
+        raise OptionError("A file name cannot hold a NUL character.")
     try:
         return Path(text).expanduser()
     except RuntimeError as error:

@@ -95,18 +95,23 @@ class EditingReader:
 
 
 def _key_bindings() -> "KeyBindings":
-    from prompt_toolkit.filters import has_completions
+    from prompt_toolkit.enums import DEFAULT_BUFFER
+    from prompt_toolkit.filters import has_focus
     from prompt_toolkit.key_binding import KeyBindings
 
     keys = KeyBindings()
-    keys.add("enter", filter=~has_completions)(_on_enter)
-    keys.add("escape", "enter")(_on_newline)
-    keys.add("c-c")(_on_interrupt)
+    in_message = has_focus(DEFAULT_BUFFER)  # and not in the search line of Ctrl-R
+    keys.add("enter", filter=in_message)(_on_enter)
+    keys.add("escape", "enter", filter=in_message)(_on_newline)
+    keys.add("c-c", filter=in_message)(_on_interrupt)
     return keys
 
 
 def _on_enter(event: "KeyPressEvent") -> None:
     buffer: Buffer = event.current_buffer
+    if buffer.complete_state and buffer.complete_state.current_completion:
+        buffer.complete_state = None  # takes the completion; the next Enter sends
+        return
     is_at_end = buffer.cursor_position == len(buffer.text)
     if is_open(buffer.text):
         buffer.insert_text("\n")

@@ -25,7 +25,7 @@ class ChatView:
         self._out = out
         self._err = err
         self._has_color = has_color and is_terminal
-        self.status = StatusLine(err, is_shown=is_terminal and err.isatty())
+        self.status = StatusLine(err)
 
     def banner(self, version: str, info: ModelInfo) -> None:
         """What is running and how to get help; only on a terminal."""
@@ -38,7 +38,8 @@ class ChatView:
             f"context  {info.n_ctx} tokens (trained on {info.n_ctx_train})"
             f"   cache {info.cache_type_k}/{info.cache_type_v}"
         )
-        self._print(f"device   {visible_line(info.device)}, {info.n_threads} threads")
+        threads = "1 thread" if info.n_threads == 1 else f"{info.n_threads} threads"
+        self._print(f"device   {visible_line(info.device)}, {threads}")
         for note in info.notes:
             self._print(self._styled(f"note     {visible_line(note)}", _YELLOW))
         self._print(self._styled("/? for help, Ctrl-C stops an answer, /bye leaves", _DIM))

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import click
+from click.core import ParameterSource
 
 from runner.config import DEFAULT_MAX_CTX, EngineConfig, SamplingConfig
 from runner.errors import OptionError
@@ -75,9 +76,14 @@ def _sampling_flag(option: SamplingOption) -> click.Option:
 
 
 MODEL_FLAG = flag("-m", "--model", "model", help="The GGUF file, instead of MODEL.", type=FILE)
+VERBOSE_FLAG = switch("-v", "--verbose", "verbose", help="Show traces of bugs.")
 
 PROMPT_FLAGS = (
-    flag("-p", "--prompt", "prompt", help="Answer this and exit; joins what is piped in."),
+    flag(
+        *("-p", "--prompt", "prompt"),
+        help="Answer this and exit. Stdin is read too unless it is a terminal; < /dev/null"
+        " keeps it out.",
+    ),
     flag("-f", "--file", "prompt_file", help="Take the prompt from a file.", type=FILE),
     flag("-sys", "--system-prompt", "system_prompt", help="Sent before every chat.", default=""),
     switch(
@@ -240,6 +246,41 @@ BENCH_FLAGS = (
 )
 
 
+# Flags of which only one can be used.
+_RIVALS = (
+    ("grammar", "grammar_file", "json_schema", "json_schema_file"),
+    ("chat_template", "chat_template_file"),
+)
+
+
+def is_on_command_line(context: click.Context, name: str) -> bool:
+    """Whether a parameter comes from the command line, not from its twin or its default."""
+    return context.get_parameter_source(name) is ParameterSource.COMMANDLINE
+
+
+def settled_rivals(context: click.Context) -> Params:
+    """The parameters of which only one can be used; the one on the command line beats the twins
+    of the others. Raises click.UsageError for two of the same origin."""
+    settled: Params = {}
+    for rivals in _RIVALS:
+        flags = [name for name in rivals if is_on_command_line(context, name)]
+        chosen = flags or [name for name in rivals if context.params[name]]
+        if len(chosen) > 1:
+            names = " and ".join(_shown_name(context, name) for name in chosen)
+            raise click.UsageError(f"{names} cannot be used together.", context)
+        settled |= {name: context.params[name] if name in chosen else "" for name in rivals}
+    if context.params["conversation"] is False and is_on_command_line(context, "system_prompt"):
+        raise click.UsageError("-sys needs a chat; -no-cnv sends the prompt alone.", context)
+    return settled
+
+
+def _shown_name(context: click.Context, name: str) -> str:
+    param = next(param for param in context.command.params if param.name == name)
+    if is_on_command_line(context, name) or not isinstance(param.envvar, str):
+        return param.opts[-1]
+    return param.envvar
+
+
 def engine_config(params: Params) -> EngineConfig:
     """The engine's settings in the parameters of a command; what it lacks keeps its default."""
     names = EngineConfig.__dataclass_fields__
@@ -247,14 +288,12 @@ def engine_config(params: Params) -> EngineConfig:
 
 
 def sampling_config(params: Params) -> SamplingConfig:
-    """The sampling settings; grammar and schema files are read. Raises OptionError."""
+    """The sampling settings after `settled_rivals`; files are read. Raises OptionError."""
     values = {option.field: params[option.field] for option in SAMPLING_OPTIONS}
     if params["grammar_file"]:
         values["grammar"] = read_text(params["grammar_file"], "the grammar")
     if params["json_schema_file"]:
         values["json_schema"] = read_text(params["json_schema_file"], "the JSON schema")
-    if values["grammar"] and values["json_schema"]:
-        raise OptionError("give either a grammar or a JSON schema, not both")
     breakers = tuple(params["dry_sequence_breakers"])
     if breakers:
         values["dry_sequence_breakers"] = () if breakers == ("none",) else breakers

@@ -1,8 +1,9 @@
-"""The click classes behind the command line: a default command, help in sections."""
+"""The click classes behind the command line: a default command, flags, help in sections."""
 
 from collections.abc import Sequence
 
 import click
+from click.parser import _OptionParser, _ParsingState
 from click.shell_completion import CompletionItem
 
 EXAMPLES = (
@@ -54,7 +55,18 @@ class DefaultGroup(click.Group):
             formatter.write_dl(_help_rows(self.get_params(ctx), ctx))
 
 
-class SectionedCommand(click.Command):
+class FlagCommand(click.Command):
+    """A command that takes `-ngl` for one flag, as llama.cpp does, and not for `-n gl`."""
+
+    def make_parser(self, ctx: click.Context) -> _OptionParser:
+        """As click makes it, but of our class."""
+        parser = _FlagParser(ctx)
+        for param in self.get_params(ctx):
+            param.add_to_parser(parser, ctx)
+        return parser
+
+
+class SectionedCommand(FlagCommand):
     """A command whose help lists its flags under headings."""
 
     sections: Sequence[tuple[str, Sequence[click.Parameter]]] = ()
@@ -68,6 +80,17 @@ class SectionedCommand(click.Command):
         others = [param for param in self.get_params(ctx) if id(param) not in listed]
         with formatter.section("Other"):
             formatter.write_dl(_help_rows(others, ctx))
+
+
+class _FlagParser(_OptionParser):
+    """Click's own parser, which has no public hook for this; a test guards its private name."""
+
+    def _match_short_opt(self, arg: str, state: _ParsingState) -> None:
+        if not arg[2:3].isalpha():  # a number or a path may be glued on: -n4
+            super()._match_short_opt(arg, state)
+            return
+        flag = arg.partition("=")[0]
+        raise click.NoSuchOption(flag, f"buddyrun has no flag {flag}.", ctx=self.ctx)
 
 
 def _help_rows(params: Sequence[click.Parameter], ctx: click.Context) -> list[tuple[str, str]]:

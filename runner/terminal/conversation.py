@@ -41,6 +41,7 @@ class Conversation:
 
     A question that got no answer (it did not fit, was stopped or the engine died) is taken back
     out, so that templates which demand strict turns keep working, and `retry` brings it back.
+    A question that had an answer before the retry gets that answer again.
     """
 
     def __init__(self, settings: ChatSettings) -> None:
@@ -48,6 +49,12 @@ class Conversation:
         self.messages: list[Message] = []
         self.attached: list[str] = []  # texts of files for the next message
         self._unanswered: str | None = None
+        self._replaced: Message | None = None  # the answer that a retry is to replace
+
+    @property
+    def has_unanswered(self) -> bool:
+        """Whether the last question was taken back."""
+        return self._unanswered is not None
 
     def attach(self, name: str, text: str) -> None:
         """Keep a file's text for the next message."""
@@ -57,19 +64,24 @@ class Conversation:
         """Add the user's message, with the attached files before it."""
         content = "\n".join([*self.attached, text])
         self.attached.clear()
-        self._unanswered = None
+        self._unanswered = self._replaced = None
         self.messages.append({"role": "user", "content": content})
 
     def answer(self, text: str) -> None:
-        """Add the assistant's answer; without any text the question is taken back."""
+        """Add the assistant's answer; without any text `take_back`."""
         if text:
             self.messages.append({"role": "assistant", "content": text})
+            self._replaced = None
         else:
             self.take_back()
 
     def take_back(self) -> None:
-        """Remove the last question, which has no answer."""
-        self._unanswered = self.messages.pop()["content"]
+        """Remove the open question, or give it the answer back that it had before a retry."""
+        if self._replaced is None:
+            self._unanswered = self.messages.pop()["content"]
+        else:
+            self.messages.append(self._replaced)
+            self._replaced = None
 
     def retry(self) -> bool:
         """Make the last question the open one again; False when there is none."""
@@ -80,7 +92,7 @@ class Conversation:
         if not self.messages:
             return False
         if self.messages[-1]["role"] == "assistant":
-            self.messages.pop()
+            self._replaced = self.messages.pop()
         return True
 
     def clear(self) -> None:

@@ -15,11 +15,22 @@ _MAX_READ_BYTES = 8 << 20
 
 
 class LineHistory:
-    """Remembers lines in `path`; nowhere when that is None or `is_kept` is off."""
+    """Remembers lines in `path`; nowhere when that is None or keeping is off."""
 
     def __init__(self, path: Path | None) -> None:
         self._path = path
-        self.is_kept = path is not None
+        self.has_file = path is not None
+        self._is_on = True
+
+    @property
+    def is_kept(self) -> bool:
+        """Whether lines are written."""
+        return self.has_file and self._is_on
+
+    def keep(self, is_on: bool) -> None:
+        """Write lines from now on, or write none. There must be a file."""
+        assert self.has_file, "there is no file to keep lines in"
+        self._is_on = is_on
 
     def load(self) -> list[str]:
         """The lines of earlier chats, oldest first; a long file is cut to its newest lines."""
@@ -38,7 +49,7 @@ class LineHistory:
 
     def add(self, line: str) -> None:
         """Append one line."""
-        if self._path is None or not self.is_kept or not line.strip():
+        if self._path is None or not self._is_on or not line.strip():
             return
         with contextlib.suppress(OSError):
             self._path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)

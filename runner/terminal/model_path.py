@@ -4,15 +4,21 @@ import difflib
 import re
 from pathlib import Path
 
-from runner.errors import ModelError
+from runner.errors import BuddyrunError, ModelError
 
 _REPOSITORY = re.compile(r"(hf\.co/|hf://|https?://\S+/)?[\w.-]+/[\w.-]+(:[\w.-]+)?")
 _QUANT_NAME = re.compile(r"(.*:)?(I?Q\d_\w+|F16|BF16|F32|MXFP4\w*)", re.IGNORECASE)
 
 
+_DEMO_WORD, _DEMO_MODEL = "demo", "buddy-demo-q8_0.gguf"
+
+
 def find_model(text: str, commands: list[str]) -> Path:
-    """The path of an existing file. Raises ModelError with the likeliest remedy; `commands` are
-    the names that a mistyped command may have meant."""
+    """The path of an existing file; where no command can be meant, `demo` is the demo model.
+
+    Raises ModelError with the likeliest remedy; `commands` are the names that a misplaced or
+    mistyped command may have meant.
+    """
     path = Path(text)
     try:
         if path.is_dir():
@@ -21,10 +27,22 @@ def find_model(text: str, commands: list[str]) -> Path:
             return path
     except (OSError, ValueError) as error:
         raise ModelError(f"cannot open {text[:200]!r}: {error}") from error
+    if text == _DEMO_WORD and not commands:
+        return demo_model()
     raise ModelError(f"There is no file {text}." + _remedy(text, path, commands))
 
 
+def demo_model() -> Path:
+    """The demo model inside the package. Raises BuddyrunError when the installation lacks it."""
+    path = Path(__file__).parents[1] / "demo" / _DEMO_MODEL
+    if not path.is_file():
+        raise BuddyrunError(f"this installation lacks the demo model {path}; install it again")
+    return path
+
+
 def _remedy(text: str, path: Path, commands: list[str]) -> str:
+    if text in commands:
+        return f" The command comes first: buddyrun {text} [FLAGS] ..."
     near = _near_files(path)
     if near:
         return f" Did you mean {near}?"

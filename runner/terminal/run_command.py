@@ -10,13 +10,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from runner.config import GenerateRequest
-from runner.errors import BuddyrunError, InternalError, OptionError, WorkerDiedError
+from runner.errors import InternalError, OptionError, WorkerDiedError
 from runner.protocol import ModelInfo
 from runner.terminal import cli_options as options
 from runner.terminal.chat_view import ChatView
 from runner.terminal.cli_options import Params
 from runner.terminal.model_path import find_model
 from runner.terminal.prompt import Prompt, join_prompt, read_pipe
+from runner.terminal.status_line import StatusLine
 from runner.terminal.terminal_text import storable, visible
 
 if TYPE_CHECKING:
@@ -25,14 +26,15 @@ if TYPE_CHECKING:
     from runner.terminal.history import LineHistory
 
 Environment = Mapping[str, str]
-_DEMO_MODEL = "buddy-demo-q8_0.gguf"
+_PATIENCE_S = 1.0
+_READING_STDIN = "reading the prompt from stdin until it ends; < /dev/null keeps it out"
 
 
 def run_model(
     params: Params, words: list[str], environment: Environment, commands: list[str]
 ) -> None:
     """Chat with a model or answer once, as the parameters say. Raises BuddyrunError."""
-    path = find_model(storable(params["model"]), commands)
+    path = find_model(params["model"], commands)
     prompt = _prompt(params, words)
     is_chat = _is_chat(params, prompt)
     if not is_chat and (prompt is None or not prompt.text.strip()):
@@ -53,7 +55,7 @@ def show_model(model: str, as_json: bool, with_template: bool) -> None:
     from runner.checks.read_model import read_model
     from runner.show import describe, format_text
 
-    path = find_model(storable(model), [])
+    path = find_model(model, [])
     with GGUFFile.open(path) as file:
         description = describe(file, read_model(file), template=with_template)
     if as_json:
@@ -61,14 +63,6 @@ def show_model(model: str, as_json: bool, with_template: bool) -> None:
     else:
         text = format_text(description)
         print(visible(text) if sys.stdout.isatty() else text)
-
-
-def demo_model() -> Path:
-    """The demo model inside the package. Raises BuddyrunError when the installation lacks it."""
-    path = Path(__file__).parents[1] / "demo" / _DEMO_MODEL
-    if not path.is_file():
-        raise BuddyrunError(f"this installation lacks the demo model {path}; install it again")
-    return path
 
 
 @contextmanager
@@ -98,7 +92,8 @@ def _prompt(params: Params, words: list[str]) -> Prompt | None:
     given = [text for text in (params["prompt"], *words) if text is not None]
     piped = None
     if sys.stdin is not None and not sys.stdin.isatty() and params["conversation"] is not True:
-        piped = read_pipe(sys.stdin.buffer)
+        with StatusLine(sys.stderr).shown_after(_PATIENCE_S, _READING_STDIN):
+            piped = read_pipe(sys.stdin.buffer)
     return join_prompt(piped, params["prompt_file"], " ".join(given) if given else None)
 
 
@@ -158,18 +153,18 @@ def _chat(
         verbose=params["verbose"],
     )
     template = options.chat_template(params)
+    history = _history(params, environment)
     with loaded_model(path, params, template, view) as (client, info):
         view.banner(version(), info)
-        reader = _reader(params, environment)
+        reader = _reader(params, environment, history)
         chat = Chat(client, info, Conversation(settings), view, reader)
         chat.run(prompt.text if prompt else "", params["single_turn"])
 
 
-def _reader(params: Params, environment: Environment) -> "Reader":
+def _reader(params: Params, environment: Environment, history: "LineHistory") -> "Reader":
     from runner.terminal.chat_commands import complete
     from runner.terminal.chat_input import EditingReader, PlainReader
 
-    history = _history(params, environment)
     is_person = sys.stdin is not None and sys.stdin.isatty()
     if params["simple_io"] or not is_person or not sys.stdout.isatty():
         return PlainReader(history, shows_prompt=is_person and sys.stdout.isatty())
@@ -187,4 +182,7 @@ def _history(params: Params, environment: Environment) -> "LineHistory":
         chosen = environment.get("BUDDYRUN_HISTORY")
     if chosen is None:
         return LineHistory(default_history_path(environment, sys.platform == "win32"))
-    return LineHistory(Path(chosen).expanduser() if chosen else None)
+    try:
+        return LineHistory(Path(chosen).expanduser() if chosen else None)
+    except RuntimeError as error:  # ~name of a user that does not exist
+        raise OptionError(f"cannot keep the history in {chosen}: there is no such user") from error

@@ -1,17 +1,17 @@
-"""The sampling parameters as a user writes them: names, ranges, help. Knows no command line.
+"""The sampling parameters as a user writes them: names and help. Knows no command line.
 
-The command line's flags and the chat's `/set` are made from the same table.
+The command line's flags and the chat's `/set` are made from the same table; the ranges are
+`sampling_check`'s.
 """
 
 import math
 from dataclasses import dataclass
 
+from runner.checks.sampling_check import MAX_INT, NUMBERS, WHOLE_NUMBERS
 from runner.config import SamplingConfig
 from runner.errors import OptionError
 
 Value = int | float | str | bool
-
-_MAX_INT = 2**31 - 1
 
 
 @dataclass(frozen=True)
@@ -54,47 +54,52 @@ class SamplingOption:
 
     def _range(self) -> str:
         what = "a whole number" if self.kind is int else "a number"
-        if self.high == math.inf or self.high == _MAX_INT:
+        if self.high == MAX_INT:
             return f"{what}, at least {self.low:g}"
         return f"{what} from {self.low:.10g} to {self.high:.10g}"
 
 
-def _whole(
-    names: str, field: str, help: str, low: int, high: int = _MAX_INT, short: str = ""
-) -> SamplingOption:
+def _whole(names: str, field: str, help: str, short: str = "") -> SamplingOption:
+    low, high = WHOLE_NUMBERS[field]
     return SamplingOption(tuple(names.split()), field, int, help, low, high, short)
 
 
-def _number(
-    names: str, field: str, help: str, low: float, high: float = math.inf
-) -> SamplingOption:
+def _number(names: str, field: str, help: str, low: float | None = None) -> SamplingOption:
+    least, high = NUMBERS[field]
+    low = least if low is None else low
     return SamplingOption(tuple(names.split()), field, float, help, low, high)
 
 
-N_PREDICT = _whole(
-    "n-predict predict", "n_predict", "Most tokens of an answer; -1 = no limit.", -1, short="-n"
+N_PREDICT = SamplingOption(
+    names=("n-predict", "predict"),
+    field="n_predict",
+    kind=int,
+    help="Most tokens of an answer; -1 = no limit.",
+    low=-1,
+    high=MAX_INT,
+    short="-n",
 )
 
 SAMPLING_OPTIONS: tuple[SamplingOption, ...] = (
-    _whole("seed", "seed", "Seed; -1 = a new one each time.", -1, 2**32 - 1, "-s"),
+    _whole("seed", "seed", "Seed; -1 = a new one each time.", "-s"),
     _number("temp temperature", "temperature", "Temperature; 0 = always the likeliest token.", 0),
-    _whole("top-k", "top_k", "Keep the K likeliest tokens; 0 = all.", -1),
-    _number("top-p", "top_p", "Keep the likeliest tokens up to this probability; 1 = off.", 0, 1),
-    _number("min-p", "min_p", "Drop tokens below this share of the likeliest; 0 = off.", 0, 1),
-    _number("typical typical-p", "typical_p", "Locally typical sampling; 1 = off.", 0, 1),
-    _whole("repeat-last-n", "repeat_last_n", "Tokens the penalties look back at; -1 = all.", -1),
-    _number("repeat-penalty", "repeat_penalty", "Penalty of repeated tokens; 1 = off.", 0.01),
-    _number("presence-penalty", "presence_penalty", "Penalty of used tokens; 0 = off.", -1000),
-    _number("frequency-penalty", "frequency_penalty", "Penalty for each use; 0 = off.", -1000),
-    _number("dry-multiplier", "dry_multiplier", "DRY strength; 0 = off.", 0),
-    _number("dry-base", "dry_base", "DRY base.", 0),
-    _whole("dry-allowed-length", "dry_allowed_length", "Longest repeat that DRY allows.", 0),
-    _whole("dry-penalty-last-n", "dry_penalty_last_n", "Tokens DRY looks at; -1 = all.", -1),
-    _number("xtc-probability", "xtc_probability", "XTC probability; 0 = off.", 0, 1),
-    _number("xtc-threshold", "xtc_threshold", "XTC threshold; above 0.5 = off.", 0, 1),
-    _whole("mirostat", "mirostat", "Mirostat version, 1 or 2; 0 = off.", 0, 2),
-    _number("mirostat-lr", "mirostat_lr", "Mirostat learning rate (eta).", 0),
-    _number("mirostat-ent", "mirostat_ent", "Mirostat target entropy (tau).", 0),
+    _whole("top-k", "top_k", "Keep the K likeliest tokens; 0 = all."),
+    _number("top-p", "top_p", "Keep the likeliest tokens up to this probability; 1 = off."),
+    _number("min-p", "min_p", "Drop tokens below this share of the likeliest; 0 = off."),
+    _number("typical typical-p", "typical_p", "Locally typical sampling; 1 = off."),
+    _whole("repeat-last-n", "repeat_last_n", "Tokens the penalties look back at; -1 = all."),
+    _number("repeat-penalty", "repeat_penalty", "Penalty of repeated tokens; 1 = off."),
+    _number("presence-penalty", "presence_penalty", "Penalty of used tokens; 0 = off."),
+    _number("frequency-penalty", "frequency_penalty", "Penalty for each use; 0 = off."),
+    _number("dry-multiplier", "dry_multiplier", "DRY strength; 0 = off."),
+    _number("dry-base", "dry_base", "DRY base."),
+    _whole("dry-allowed-length", "dry_allowed_length", "Longest repeat that DRY allows."),
+    _whole("dry-penalty-last-n", "dry_penalty_last_n", "Tokens DRY looks at; -1 = all."),
+    _number("xtc-probability", "xtc_probability", "XTC probability; 0 = off."),
+    _number("xtc-threshold", "xtc_threshold", "XTC threshold; above 0.5 = off."),
+    _whole("mirostat", "mirostat", "Mirostat version, 1 or 2; 0 = off."),
+    _number("mirostat-lr", "mirostat_lr", "Mirostat learning rate (eta)."),
+    _number("mirostat-ent", "mirostat_ent", "Mirostat target entropy (tau)."),
     SamplingOption(("grammar",), "grammar", str, "GBNF grammar that answers must follow."),
     SamplingOption(
         ("json-schema",), "json_schema", str, "JSON schema that answers must follow.", short="-j"

@@ -1,7 +1,10 @@
 """One line at the bottom of a terminal that is written over and then removed. Knows no engine."""
 
 import os
+import threading
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import TextIO
 
 _BAR_CELLS = 24
@@ -31,6 +34,20 @@ class StatusLine:
         n_full = round(share * _BAR_CELLS)
         bar = "#" * n_full + "-" * (_BAR_CELLS - n_full)
         self.show(f"{label} [{bar}] {share:4.0%}")
+
+    @contextmanager
+    def shown_after(self, seconds: float, text: str) -> Iterator[None]:
+        """Show `text` while the block runs, if that takes longer than `seconds`. The block leaves
+        the line alone, since a timer's thread writes it."""
+        timer = threading.Timer(seconds, self.show, [text])
+        timer.daemon = True
+        timer.start()
+        try:
+            yield
+        finally:
+            timer.cancel()
+            timer.join()
+            self.clear()
 
     def clear(self) -> None:
         """Remove the line."""

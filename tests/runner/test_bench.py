@@ -9,10 +9,12 @@ from pathlib import Path
 import pytest
 
 from runner.bench import BenchRecord, BenchSetting, format_records, label_of_test, records
+from runner.errors import WorkerDiedError
 from runner.protocol import BenchSample
 from runner.terminal.bench_command import bench_text
 from tests.runner.chat_fakes import INFO
 from tests.runner.command_line import BUDDYRUN, DEMO, buddyrun, buddyrun_process
+from tests.runner.scripted_client import ScriptedClient
 
 SECOND = 10**9
 SAMPLES = [
@@ -86,6 +88,22 @@ def test_csv_can_be_read_back() -> None:
     rows = list(csv.DictReader(io.StringIO("\n".join(lines("csv")))))
     assert rows[1]["n_gen"] == "128" and float(rows[0]["avg_ts"]) == 384.0
     assert set(LLAMA_BENCH_FIELDS) - set(rows[0]) == {"samples_ns", "samples_ts"}
+
+
+def test_csv_has_1_for_true() -> None:
+    rows = list(csv.DictReader(io.StringIO("\n".join(lines("csv")))))
+    assert rows[0]["flash_attn"] == "1"
+
+
+def test_a_flag_for_traces_gives_the_log_of_the_engine(
+    model: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def die(*_: object) -> Iterator[BenchSample]:
+        raise WorkerDiedError("The engine was killed.")
+
+    monkeypatch.setattr(ScriptedClient, "bench", die)
+    assert b"the last words of the engine" in buddyrun("bench", model, "--verbose").stderr
+    assert b"the last words of the engine" not in buddyrun("bench", model).stderr
 
 
 @pytest.mark.parametrize(("form", "expected"), [("json", ["[]"]), ("jsonl", []), ("md", [])])

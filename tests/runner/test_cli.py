@@ -1,11 +1,19 @@
 """The command line with a scripted engine: what is sent, what is printed, which exit code."""
 
+import io
 import json
 from pathlib import Path
+from typing import Any
+from unittest import mock
 
 import pytest
 
+from runner.config import GenerateRequest
+from runner.protocol import ModelInfo
+from runner.terminal.chat_view import ChatView
+from tests.runner import command_line
 from tests.runner.command_line import DEMO, buddyrun
+from tests.runner.scripted_client import ScriptedClient
 
 
 @pytest.fixture
@@ -35,6 +43,11 @@ def test_help_names_every_flag_of_llama_cpp_and_its_twin() -> None:
     squeezed = "".join(text.split())
     for twin in ("BUDDYRUN_MODEL", "BUDDYRUN_CTX_SIZE", "BUDDYRUN_TEMP", "BUDDYRUN_GRAMMAR_FILE"):
         assert twin in squeezed
+
+
+def test_help_of_the_prompt_flag_says_that_stdin_is_read_too() -> None:
+    text = " ".join(buddyrun("run", "--help").stdout.decode().split())
+    assert "Stdin is read too unless it is a terminal; < /dev/null" in text
 
 
 def test_version() -> None:
@@ -173,7 +186,132 @@ def test_a_model_that_is_not_there_is_one_message(command: list[str]) -> None:
 
 def test_a_grammar_and_a_schema_together_are_refused(model: str) -> None:
     done = buddyrun(model, "-p", "hi", "--grammar", "x", "-j", "{}")
-    assert done.returncode == 1 and b"not both" in done.stderr
+    assert done.returncode == 2
+    assert b"--grammar and --json-schema cannot be used together" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("flag", "value", "twin"),
+    [("--grammar", 'root ::= "a"', "BUDDYRUN_GRAMMAR_FILE"),
+     ("-j", "{}", "BUDDYRUN_JSON_SCHEMA_FILE"),
+     ("-j", "{}", "BUDDYRUN_GRAMMAR"),
+     ("--chat-template", "chatml", "BUDDYRUN_CHAT_TEMPLATE_FILE")],
+)  # fmt: skip
+def test_a_flag_beats_the_twin_of_its_rival(
+    flag: str, value: str, twin: str, model: str, tmp_path: Path
+) -> None:
+    (tmp_path / "rival").write_text("rival")
+    seen: list[object] = []
+
+    class Watched(ScriptedClient):
+        def load(self, path: object, config: Any, template: Any, on_progress: Any) -> ModelInfo:
+            seen.append(template)
+            return super().load(path, config, template, on_progress)
+
+        def generate(self, request: GenerateRequest) -> Any:
+            seen.extend((request.sampling.grammar, request.sampling.json_schema))
+            return super().generate(request)
+
+    with mock.patch.object(command_line, "ScriptedClient", Watched):
+        done = buddyrun(model, "-p", "hi", flag, value, **{twin: str(tmp_path / "rival")})
+    assert done.returncode == 0, done.stderr
+    assert [text for text in seen if text] == [value]
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [["--grammar", "x", "--grammar-file", "y"], ["-j", "{}", "-jf", "y"],
+     ["--chat-template", "chatml", "--chat-template-file", "y"]],
+)  # fmt: skip
+def test_two_rivals_on_the_command_line_are_refused(arguments: list[str], model: str) -> None:
+    done = buddyrun(model, "-p", "hi", *arguments)
+    assert done.returncode == 2 and b"cannot be used together" in done.stderr
+
+
+def test_two_rival_twins_are_refused_by_their_names(model: str) -> None:
+    done = buddyrun(model, "-p", "hi", BUDDYRUN_GRAMMAR="x", BUDDYRUN_GRAMMAR_FILE="y")
+    assert done.returncode == 2
+    assert b"BUDDYRUN_GRAMMAR and BUDDYRUN_GRAMMAR_FILE cannot be used" in done.stderr
+
+
+def test_a_system_prompt_without_a_chat_is_refused(model: str) -> None:
+    done = buddyrun(model, "-p", "hi", "-no-cnv", "-sys", "Be kind.")
+    assert done.returncode == 2 and b"-sys needs a chat" in done.stderr
+    assert buddyrun(model, "-p", "hi", "-no-cnv", BUDDYRUN_SYSTEM_PROMPT="x").returncode == 0
+
+
+@pytest.mark.parametrize("command", ["show", "bench"])
+def test_a_model_given_twice_is_refused(command: str, model: str) -> None:
+    done = buddyrun(command, model, "-m", model)
+    assert done.returncode == 2 and b"MODEL or with -m, not both" in done.stderr
+
+
+def test_show_shows_the_trace_of_a_bug_when_asked(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: object) -> None:
+        raise KeyError("a bug")
+
+    monkeypatch.setattr("runner.terminal.run_command.show_model", fail)
+    done = buddyrun("show", str(DEMO), "--verbose")
+    assert (done.returncode, done.stdout) == (1, b"") and b"Traceback" in done.stderr
+
+
+def test_show_takes_the_word_demo_for_the_demo_model() -> None:
+    assert b"one expert" in buddyrun("show", "demo").stdout
+
+
+def test_a_command_after_its_flags_is_told_to_come_first() -> None:
+    done = buddyrun("-t", "1", "demo")
+    assert done.returncode == 1
+    assert b"The command comes first: buddyrun demo" in done.stderr
+
+
+@pytest.mark.parametrize("command", [[], ["run"], ["demo"], ["show"], ["bench"]])
+@pytest.mark.parametrize(
+    "arguments", [["-ngl", "99"], ["-hf", "user/repo"], ["-mli"], ["-pg", "1,2"], ["-ngl=99"]]
+)
+def test_a_flag_of_llama_cpp_that_is_missing_here_is_named_whole(
+    command: list[str], arguments: list[str]
+) -> None:
+    done = buddyrun(*command, *arguments)
+    assert (done.returncode, done.stdout) == (2, b"")
+    assert f"buddyrun has no flag {arguments[0].partition('=')[0]}.".encode() in done.stderr
+
+
+def test_a_missing_flag_with_the_letter_of_a_file_flag_reads_no_file(model: str) -> None:
+    done = buddyrun(model, "-p", "hi", "-fa", "on")
+    assert done.returncode == 2 and b"no flag -fa." in done.stderr
+
+
+@pytest.mark.parametrize(
+    "arguments", [["-n4"], ["-n-1"], ["-st"], ["-ctk", "q8_0"], ["-s", "1"], ["-v"]]
+)
+def test_short_flags_still_take_a_number_that_is_glued_on(arguments: list[str], model: str) -> None:
+    assert buddyrun(model, "-p", "hi", *arguments).stdout == b"You said 'hi'\n"
+
+
+def test_invalid_utf8_in_a_chat_over_pipes_is_replaced(model: str) -> None:
+    done = buddyrun(model, "-cnv", stdin=b"h\xff\n")
+    assert (done.returncode, done.stdout) == (0, b"You said 'h\\ufffd'\n")
+
+
+def test_a_history_of_an_unknown_user_is_refused_before_the_model_is_loaded(tmp_path: Path) -> None:
+    (tmp_path / "bug").touch()  # to load it would end in a KeyError
+    done = buddyrun(str(tmp_path / "bug"), "-cnv", BUDDYRUN_HISTORY="~nobody-has-this-name/x")
+    assert done.returncode == 1 and b"there is no such user" in done.stderr
+
+
+@pytest.mark.parametrize(("flag", "value"), [("--temp", "1e9"), ("--repeat-penalty", "1e7")])
+def test_a_flag_has_the_range_that_the_sampler_has(flag: str, value: str, model: str) -> None:
+    done = buddyrun(model, "-p", "hi", flag, value)
+    assert done.returncode == 2 and b"to 1000000, not" in done.stderr
+
+
+def test_the_loading_bar_needs_only_stderr_to_be_a_terminal() -> None:
+    err = io.StringIO()
+    err.isatty = lambda: True  # type: ignore[method-assign]
+    view = ChatView(io.StringIO(), err, is_terminal=False, has_color=False)
+    view.status.show_progress("reading weights", 1, 2)
+    assert "reading weights" in err.getvalue()
 
 
 def test_show_prints_sizes_as_text_and_as_json() -> None:

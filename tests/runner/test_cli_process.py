@@ -1,6 +1,8 @@
 """The command as a process: start-up time and imports, pipes, signals, the real engine."""
 
 import os
+import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -58,6 +60,27 @@ def test_invalid_utf8_on_the_command_line_is_replaced(model: str) -> None:
         command, capture_output=True, cwd=ROOT, stdin=subprocess.DEVNULL, check=False
     )
     assert done.stdout == b"You said 'a\\ufffdb'\n"
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="macOS and Windows allow no such name")
+@pytest.mark.parametrize(
+    "arguments",
+    [["show"], ["bench", "-t1", "-p", "4", "-n", "0"], ["run", "-t1", "-n1", "-p", "hi"]],
+)
+def test_a_model_whose_name_is_not_utf8_can_be_used(arguments: list[str], tmp_path: Path) -> None:
+    model = bytes(tmp_path) + b"/m\xff.gguf"
+    shutil.copy(DEMO, model)
+    command = [*(part.encode() for part in [*BUDDYRUN, *arguments]), b"-m", model]
+    done = subprocess.run(
+        command, capture_output=True, cwd=ROOT, stdin=subprocess.DEVNULL, check=False
+    )
+    assert done.returncode == 0 and done.stdout, done.stderr
+
+
+def test_a_chat_with_closed_stdin_just_ends(model: str) -> None:
+    command = shlex.join([*SCRIPTED, model, "-cnv"]) + " <&-"
+    done = subprocess.run(command, shell=True, capture_output=True, cwd=ROOT, check=False)
+    assert (done.returncode, done.stdout, done.stderr) == (0, b"", b"")
 
 
 def test_a_file_called_like_a_command_can_be_reached(tmp_path: Path) -> None:

@@ -183,6 +183,39 @@ def test_close_right_after_start_leaves_nothing(private_directories):
     assert list(private_directories.iterdir()) == []
 
 
+@POSIX_ONLY
+def test_ctrl_c_right_after_the_start_does_not_end_the_worker(client, model):
+    os.kill(client.pid, signal.SIGINT)
+    assert client.load(model, CONFIG).path == str(model)
+
+
+@POSIX_ONLY
+def test_ctrl_c_during_the_start_is_raised_and_leaves_nothing(monkeypatch, private_directories):
+    started = []
+
+    def popen(*arguments, **settings):
+        process = subprocess_popen(*arguments, **settings)
+        started.append(psutil.Process(process.pid))
+        signal.raise_signal(signal.SIGINT)
+        return process
+
+    subprocess_popen = subprocess.Popen
+    monkeypatch.setattr(worker_process.subprocess, "Popen", popen)
+    with pytest.raises(KeyboardInterrupt):
+        Client.start()
+    assert_ends(started[0])
+    assert list(private_directories.iterdir()) == []
+    with pytest.raises(KeyboardInterrupt):  # and the next one comes at once again
+        signal.raise_signal(signal.SIGINT)
+
+
+def test_a_worker_that_cannot_be_started_leaves_nothing(monkeypatch, private_directories):
+    monkeypatch.setattr(worker_process.sys, "executable", "/no/python")
+    with pytest.raises(OSError, match="/no/python"):
+        Client.start()
+    assert list(private_directories.iterdir()) == []
+
+
 def assert_ends(worker, seconds=2):
     """Like Process.wait, but an ended process that nobody has collected yet counts as ended."""
     deadline = time.monotonic() + seconds

@@ -109,6 +109,38 @@ def test_the_template_is_applied_and_makes_no_second_bos(session, empty_session)
     assert with_bos.n_prompt == n_prompt_tokens(empty_session, "hi")
 
 
+THINKING = "{{ messages[0]['content'] }}<|im_end|>\n<|im_start|>assistant\n<think>\n"
+
+
+def test_a_thinking_section_opened_by_the_template_begins_the_answer(empty_session):
+    load(empty_session, chat_template=THINKING)
+    text, _, result = answer(empty_session, n_predict=4)
+    assert text.startswith("<think>\n")
+    assert len(text) > len("<think>\n")
+    assert result.n_generated == 4
+
+
+def test_an_answer_without_a_word_has_no_thinking_section(empty_session):
+    load(empty_session, chat_template=THINKING)
+    assert answer(empty_session, n_predict=0)[0] == ""
+    assert answer(empty_session, cancelled=after(1))[0] == ""
+
+
+@pytest.mark.parametrize(
+    "constraint", [{"grammar": 'root ::= "a"'}, {"json_schema": '{"const": "a"}'}]
+)
+def test_an_answer_that_follows_a_grammar_has_no_thinking_section(empty_session, constraint):
+    load(empty_session, chat_template=THINKING)
+    text, _, _ = answer(empty_session, sampling=SamplingConfig(temperature=0, **constraint))
+    assert text.strip('"') == "a"
+
+
+def test_a_raw_prompt_that_ends_in_the_tag_gets_no_second_one(session):
+    text, _, _ = answer(session, messages=(), prompt="<think>", n_predict=4)
+    assert text
+    assert "<think>" not in text
+
+
 @pytest.mark.parametrize("n_predict", [0, 1, 5])
 def test_n_predict_limits_the_answer(session, n_predict):
     text, _, result = answer(session, n_predict=n_predict)

@@ -154,6 +154,53 @@ def test_tab_completes_commands_and_file_names(tmp_path: Path) -> None:
         pane.wait_for("4 characters of only one.txt go with the next message.")
 
 
+def test_a_chosen_completion_is_taken_by_enter_and_sent_by_the_next(tmp_path: Path) -> None:
+    with scripted(tmp_path) as pane:
+        pane.wait_for_prompt(1)
+        pane.type("/show ", "Tab")
+        pane.wait_for("parameters")
+        pane.press("Tab")
+        pane.wait_for(">>> /show context")
+        pane.press("Enter", "Enter")
+        pane.wait_for("0 of 8192 tokens are used")
+        assert "..." not in pane.screen()
+
+
+def test_tab_after_an_unknown_user_does_no_harm(tmp_path: Path) -> None:
+    with scripted(tmp_path) as pane:
+        pane.wait_for_prompt(1)
+        pane.type("/read ~nouser/", "Tab")
+        pane.type("x", "Enter")
+        assert "Traceback" not in pane.wait_for("no such home directory: ~nouser/x")
+
+
+def test_a_searched_line_is_taken_by_enter(tmp_path: Path) -> None:
+    with scripted(tmp_path) as pane:
+        pane.wait_for_prompt(1)
+        pane.type("the first line", "Enter")
+        pane.wait_for_prompt(2)
+        pane.press("C-r")
+        pane.wait_for("I-search backward")
+        pane.type("irst")
+        pane.wait_for(">>> the first line", 2)
+        pane.press("Enter")
+        pane.type("!", "Enter")
+        pane.wait_for("You said 'the f!irst line'")
+
+
+def test_ctrl_c_leaves_a_search_and_the_chat_goes_on(tmp_path: Path) -> None:
+    with scripted(tmp_path) as pane:
+        pane.wait_for_prompt(1)
+        pane.type("the first line", "Enter")
+        pane.wait_for_prompt(2)
+        pane.press("C-r")
+        pane.wait_for("I-search backward")
+        pane.type("irst")
+        pane.press("C-c")
+        pane.type("/bye", "Enter")
+        assert pane.wait_for_end() == "0"
+
+
 @pytest.mark.parametrize(
     ("arguments", "environment"), [(["--simple-io"], {}), ([], {"TERM": "dumb"})]
 )

@@ -4,9 +4,11 @@ from pathlib import Path
 
 import pytest
 
+from runner.errors import ContextFullError, TemplateError, WorkerDiedError
 from runner.terminal.chat_commands import COMMANDS, complete
 from runner.terminal.conversation import ChatSettings
-from tests.runner.chat_fakes import ScriptedChat
+from runner.terminal.history import LineHistory
+from tests.runner.chat_fakes import ScriptedChat, Step, press_ctrl_c
 
 
 def run(*lines: str) -> tuple[ScriptedChat, str]:
@@ -77,12 +79,49 @@ def test_a_grammar_and_a_schema_replace_each_other() -> None:
 
 
 def test_switches() -> None:
-    chat, printed = run("/set verbose on", "/set nothink", "/set nohistory")
+    chat, _ = run("/set verbose on", "/set nothink")
     assert chat.conversation.settings.verbose
     assert not chat.conversation.settings.show_thinking
-    assert not chat.chat._reader.history.is_kept
-    assert "not kept in the history" in printed
     assert not run("/set verbose on", "/set verbose off")[0].conversation.settings.verbose
+
+
+@pytest.mark.parametrize(
+    ("line", "is_shown"),
+    [("/set think", True), ("/set think on", True), ("/set think off", False),
+     ("/set nothink on", False), ("/set nothink off", True)],
+)  # fmt: skip
+def test_thinking_is_shown_or_hidden_as_the_value_says(line: str, is_shown: bool) -> None:
+    chat, printed = run("/set nothink" if is_shown else "/set think", line)
+    assert chat.conversation.settings.show_thinking == is_shown
+    assert printed.endswith(f"Thinking sections are {'shown' if is_shown else 'hidden'}.\n")
+
+
+@pytest.mark.parametrize(
+    ("line", "is_kept"),
+    [("/set history", True), ("/set history off", False), ("/set nohistory", False),
+     ("/set nohistory off", True)],
+)  # fmt: skip
+def test_lines_are_kept_or_not_as_the_value_says(line: str, is_kept: bool, tmp_path: Path) -> None:
+    history = LineHistory(tmp_path / "history")
+    history.keep(not is_kept)
+    chat = ScriptedChat([line])
+    chat.chat._state.history = history
+    assert ("not kept in the history" in chat.run()) != is_kept
+    assert history.is_kept == is_kept
+
+
+@pytest.mark.parametrize("line", ["/set history", "/set history off", "/set nohistory"])
+def test_without_a_history_file_the_switch_says_so(line: str) -> None:
+    chat, printed = run(line, "/set")
+    assert printed.startswith("No history file is in use.\n")
+    assert not chat.chat._reader.history.is_kept
+
+
+@pytest.mark.parametrize("name", ["verbose", "think", "nothink", "history", "nohistory"])
+def test_a_switch_takes_no_other_value_than_on_and_off(name: str) -> None:
+    chat, printed = run(f"/set {name} maybe")
+    assert f"{name} must be on or off, not 'maybe'" in printed
+    assert chat.conversation.settings == ChatSettings()
 
 
 def test_system_shows_changes_and_removes_the_system_prompt() -> None:
@@ -90,6 +129,13 @@ def test_system_shows_changes_and_removes_the_system_prompt() -> None:
     assert printed.count("No system prompt is set.") == 2
     assert "Be brief.\n" in printed
     assert chat.conversation.settings.system_prompt == ""
+
+
+def test_set_system_without_a_value_shows_the_system_prompt() -> None:
+    chat, printed = run("/set system Be brief.", "/set system")
+    assert printed.endswith("\nBe brief.\n")
+    assert chat.conversation.settings.system_prompt == "Be brief."
+    assert run("/set system Be brief.", '/set system ""')[0].conversation.settings == ChatSettings()
 
 
 def test_a_system_prompt_of_several_lines() -> None:
@@ -114,6 +160,31 @@ def test_regen_answers_the_last_message_again() -> None:
     chat.run()
     assert chat.contents == ["hi", "second"]
     assert chat.client.requests[0].messages == chat.client.requests[1].messages
+
+
+@pytest.mark.parametrize(
+    ("turn", "expected"),
+    [([press_ctrl_c], "The earlier answer is kept. /regen tries again."),
+     ([TemplateError("no such role")], "/regen tries your last message again."),
+     ([ContextFullError("9 > 8")], "The earlier answer is kept. Shorten"),
+     ([WorkerDiedError("dead")], "Restarted; your conversation is kept.")],
+)  # fmt: skip
+def test_a_regen_without_a_first_word_keeps_the_earlier_answer(
+    turn: list[Step], expected: str
+) -> None:
+    chat = ScriptedChat(["hi", "/regen"], [["first"], turn])
+    printed = chat.run()
+    assert expected in printed and "taken back" not in printed
+    assert chat.contents == ["hi", "first"]
+
+
+def test_a_kept_answer_can_be_regenerated_and_the_chat_goes_on() -> None:
+    chat = ScriptedChat(
+        ["hi", "/regen", "/regen", "more", "/regen"],
+        [["first"], [press_ctrl_c], ["second"], [press_ctrl_c], ["third"]],
+    )
+    chat.run()
+    assert chat.contents == ["hi", "second", "more", "third"]
 
 
 def test_regen_without_a_message_sends_nothing() -> None:
@@ -149,6 +220,21 @@ def test_read_refuses_what_is_no_text(data: bytes | None, expected: str, tmp_pat
     assert expected in run(f"/read {path}")[1]
 
 
+def test_an_empty_message_leaves_files_for_the_next_one(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("alpha")
+    chat = ScriptedChat([f"/read {tmp_path / 'a.txt'}", "", '""""""', "sum up"], [["1"]])
+    chat.run()
+    assert chat.contents == ["File a.txt:\nalpha\n\nsum up", "1"]
+
+
+@pytest.mark.parametrize("command", ["/read", "/save", "/load"])
+@pytest.mark.parametrize(
+    ("name", "expected"), [("a\0b", "cannot hold a NUL"), ("~nouser/x", "no such home directory")]
+)
+def test_a_file_name_that_cannot_be_is_refused(command: str, name: str, expected: str) -> None:
+    assert expected in run(f"{command} {name}")[1]
+
+
 @pytest.mark.parametrize("command", ["/read", "/save", "/load"])
 def test_a_file_command_without_a_file_says_so(command: str) -> None:
     assert f"Give a file name: {command} FILE" in run(command)[1]
@@ -176,3 +262,16 @@ def test_file_names_are_completed_after_file_commands(
     assert complete("/save ") == (0, ["notes/", "notes one.txt"])
     assert complete(f"/read {tmp_path}/notes/d")[1] == [f"{tmp_path}/notes/deep.txt"]
     assert complete("/read nowhere/x") == (7 + 2, [])
+
+
+@pytest.mark.parametrize("name", ["~nouser/", "~nouser/x", "a\0b/"])
+def test_a_folder_that_cannot_be_has_no_completions(name: str) -> None:
+    assert complete(f"/read {name}") == (len(name), [])
+
+
+def test_a_link_to_itself_is_completed_as_a_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "loop").symlink_to("loop")
+    assert complete("/read l") == (1, ["loop"])

@@ -61,10 +61,20 @@ def test_lines_come_back_in_order_from_a_file_of_this_user_only(tmp_path: Path) 
 
 def test_nothing_is_written_while_the_history_is_off(tmp_path: Path) -> None:
     history = LineHistory(tmp_path / "h")
-    history.is_kept = False
+    history.keep(False)
     history.add("secret")
     assert not (tmp_path / "h").exists()
-    LineHistory(None).add("secret")
+    history.keep(True)
+    history.add("told")
+    assert history.load() == ["told"]
+
+
+def test_without_a_file_no_line_is_kept() -> None:
+    history = LineHistory(None)
+    history.add("secret")
+    assert not history.is_kept and history.load() == []
+    with pytest.raises(AssertionError):
+        history.keep(True)
 
 
 def test_a_long_history_is_cut_to_its_newest_lines(tmp_path: Path) -> None:

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from runner.errors import ModelError
-from runner.terminal.model_path import find_model
+from runner.terminal.model_path import demo_model, find_model
 
 
 def message(text: str) -> str:
@@ -42,6 +42,16 @@ def test_what_is_no_file_gets_a_hint(
     else:
         assert hint in message(text)
     assert "pull" not in message(text)
+
+
+def test_demo_is_the_demo_model_unless_there_is_such_a_file_or_command(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert find_model("demo", []) == demo_model()
+    assert "The command comes first: buddyrun demo" in message("demo")
+    (tmp_path / "demo").touch()
+    assert find_model("demo", []) == Path("demo")
 
 
 def test_a_mistyped_name_gets_the_right_one(tmp_path: Path) -> None:

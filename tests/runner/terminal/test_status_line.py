@@ -2,6 +2,7 @@
 
 import io
 import re
+import threading
 
 from runner.terminal.status_line import StatusLine
 
@@ -51,3 +52,22 @@ def test_nothing_is_written_where_there_is_no_terminal() -> None:
     line.show_progress("x", 1, 2)
     line.clear()
     assert out.getvalue() == ""
+
+
+def test_a_text_is_shown_only_when_its_block_takes_long() -> None:
+    class Out(io.StringIO):
+        written = threading.Event()
+
+        def write(self, text: str) -> int:
+            n = super().write(text)
+            self.written.set()
+            return n
+
+    out = Out()
+    line = StatusLine(out, is_shown=True)
+    with line.shown_after(3600, "reading"):
+        pass
+    assert out.getvalue() == ""
+    with line.shown_after(0, "reading"):
+        assert out.written.wait(10)
+    assert displayed(out.getvalue()) == ["reading", ""]
