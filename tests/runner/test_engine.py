@@ -43,6 +43,7 @@ def test_the_demo_model_has_llama_cpps_numbers(name, demo_in, held_out_text) -> 
         ours = teacher_forced(engine, tokens)
         assert mean_kl(expected, ours) < 1e-4
         assert (expected.argmax(axis=1) == ours.argmax(axis=1)).mean() >= 0.995
+        assert np.array_equal(expected, ours), "the same operations in the same order"
         assert greedy(engine, tokens[:24], 64) == reference.greedy(tokens[:24], 64)
     engine.close()
 
