@@ -105,9 +105,6 @@ class GGUFFile:
         changes = (file.find_change() for file in self._files)
         return next((change for change in changes if change is not None), None)
 
-    def has_changed(self) -> bool:
-        return self.find_change() is not None
-
     def close(self) -> None:
         for file in self._files:
             file.close()

@@ -42,7 +42,6 @@ class ModelConfig:
     rope: RopeConfig
     sliding_window: int  # tokens; 0 = all
     file_type: str  # llama.cpp's words: "Q4_K - Medium"
-    has_output: bool  # False: the output matrix is the token embedding
     has_merged_experts: bool  # False: one tensor per expert, the old layout
     notes: tuple[str, ...] = ()  # what the user should know, each one sentence
 

@@ -86,7 +86,6 @@ def _read_config(keys: ModelKeys, file: GGUFFile, architecture: str) -> ModelCon
         rope=_read_rope(keys, p, n_embd_head, n_ctx_train),
         sliding_window=keys.unsigned(p + "attention.sliding_window", default=0),
         file_type=_file_type(keys, file),
-        has_output="output.weight" in file.tensors,
         has_merged_experts="blk.0.ffn_down_exps.weight" in file.tensors,
         notes=_notes(keys, p),
     )
