@@ -32,10 +32,16 @@ clean:
 $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
 
+define say_what_takes_long
+@echo "Installing into $(VENV). llama-cpp-python builds llama.cpp from source: some minutes, once."
+endef
+
 $(VENV)/.installed: pyproject.toml | $(BIN)/python
+	$(say_what_takes_long)
 	$(BIN)/python -m pip install --quiet --editable .
 	touch $@
 
 $(VENV)/.installed-dev: pyproject.toml | $(BIN)/python
+	$(say_what_takes_long)
 	$(BIN)/python -m pip install --quiet --editable '.[dev]'
 	touch $@ $(VENV)/.installed
