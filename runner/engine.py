@@ -84,11 +84,6 @@ class Engine:
         return self._limits.n_threads
 
     @property
-    def n_batch(self) -> int:
-        """Most tokens computed at once."""
-        return self._limits.n_batch
-
-    @property
     def n_past(self) -> int:
         """Tokens in the context."""
         return len(self._tokens)

@@ -228,7 +228,7 @@ def _describe(path: str, model: LoadedModel, load_s: float) -> ModelInfo:
         n_ctx=engine.n_ctx,
         n_ctx_train=config.n_ctx_train,
         n_threads=engine.n_threads,
-        n_batch=engine.n_batch,
+        n_batch=engine.config.n_batch,
         cache_type_k=engine.config.cache_type_k,
         cache_type_v=engine.config.cache_type_v,
         chat_template=model.template.source,
