@@ -142,13 +142,15 @@ def merge_experts(old: Path, merged: Path, m: RandomModel) -> Path:
 
 def assert_same_numbers(path: Path, reference_path: Path) -> Engine:
     rng = np.random.default_rng(5)
-    tokens = [1, *map(int, rng.integers(259, 320, 149))]
+    tokens = [1, *map(int, rng.integers(259, 320, 519))]
     engine = Engine(path, THREADS)
     with LlamaCpp(reference_path) as reference:
         expected = reference.teacher_forced(tokens)
         ours = teacher_forced(engine, tokens)
         assert mean_kl(expected, ours) < 1e-6
         assert (expected.argmax(axis=1) == ours.argmax(axis=1)).mean() >= 0.995
+        assert greedy(engine, tokens[:24], 64) == reference.greedy(tokens[:24], 64)
+        tokens = tokens[:300]
         reference.reset()
         in_one_batch = reference.decode(tokens)
         engine.reset()
