@@ -74,3 +74,8 @@ class GenerateRequest:
 
 
 DEFAULT_MAX_CTX = 8192  # without -c a model with a longer context gets this one, and it is said
+
+# What a setting may be at most; a flag and the engine refuse the same.
+MAX_CTX = 1 << 24  # tokens
+MAX_BATCH = 1 << 16
+MAX_THREADS = 512

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 
 from quant.ggml_types import GGML_TYPES_BY_NAME, GGMLType
-from runner.config import DEFAULT_MAX_CTX, EngineConfig
+from runner.config import DEFAULT_MAX_CTX, MAX_BATCH, MAX_CTX, MAX_THREADS, EngineConfig
 from runner.errors import OptionError
 from runner.hardware import available_memory_bytes, n_cores
 from runner.model_config import ModelConfig
@@ -12,9 +12,6 @@ from runner.model_sizes import kv_bytes_per_token
 CACHE_TYPES = ("f16", "q8_0")
 
 _MIN_CTX = 2  # a token and its answer
-_MAX_CTX = 1 << 24
-_MAX_BATCH = 1 << 16
-_MAX_THREADS = 512
 
 
 @dataclass(frozen=True)
@@ -35,11 +32,11 @@ def choose_limits(config: EngineConfig, model: ModelConfig) -> EngineLimits:
     n_ctx, notes = _context(config, model)
     n_threads = config.n_threads or n_cores()
     n_threads_batch = config.n_threads_batch or n_threads
-    _check_range("-c", n_ctx, _MIN_CTX, _MAX_CTX)
-    _check_range("-b", config.n_batch, 1, _MAX_BATCH)
-    _check_range("-t", n_threads, 1, _MAX_THREADS)
-    _check_range("-tb", n_threads_batch, 1, _MAX_THREADS)
-    _check_range("--keep", config.n_keep, 0, _MAX_CTX)
+    _check_range("-c", n_ctx, _MIN_CTX, MAX_CTX)
+    _check_range("-b", config.n_batch, 1, MAX_BATCH)
+    _check_range("-t", n_threads, 1, MAX_THREADS)
+    _check_range("-tb", n_threads_batch, 1, MAX_THREADS)
+    _check_range("--keep", config.n_keep, 0, MAX_CTX)
     type_k = _cache_type("-ctk", config.cache_type_k, model)
     type_v = _cache_type("-ctv", config.cache_type_v, model)
     _check_memory(config, model, n_ctx)

@@ -1,6 +1,9 @@
-"""What a chat takes of anonymous memory, in a process of its own: python -m tests.chat_memory MODEL
+"""What a chat takes of anonymous memory, measured in a process of its own.
 
-Prints JSON, megabytes by process. The weights are file pages and do not count.
+    python -m tests.chat_memory MODEL [N_WORDS]
+
+Prints JSON, megabytes by process, after a prompt of N_WORDS words and 64 tokens of answer. The
+weights are file pages and do not count; keys and values take memory as the context fills.
 """
 
 import json
@@ -11,16 +14,19 @@ from runner.client import Client
 from runner.config import EngineConfig, GenerateRequest, SamplingConfig
 from runner.protocol import GenerateResult
 
-REQUEST = GenerateRequest(
-    prompt="w1 w2 w3 " * 100, n_predict=64, sampling=SamplingConfig(ignore_eos=True)
-)
+N_WORDS = 300
 
 
 def main() -> None:
+    n_words = int(sys.argv[2]) if len(sys.argv) > 2 else N_WORDS
+    request = GenerateRequest(
+        prompt="w1 " * n_words, n_predict=64, sampling=SamplingConfig(ignore_eos=True)
+    )
     with Client.start() as client:
         client.load(sys.argv[1], EngineConfig(n_threads=2))
-        *_, result = client.generate(REQUEST)
+        *_, result = client.generate(request)
         assert isinstance(result, GenerateResult) and result.n_generated == 64
+        print(f"{result.n_past} tokens in the context", file=sys.stderr)
         used = {
             "the engine's process": anonymous_megabytes(str(client.pid)),
             "the terminal's process": anonymous_megabytes("self"),

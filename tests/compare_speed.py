@@ -20,10 +20,10 @@ import numpy as np
 from runner.config import EngineConfig
 from runner.engine import Engine
 from tests.llama_cpp_oracle import LlamaCpp
+from tests.paths import DEMO
 from tests.random_model import write_big_mixtral
 
 TURN = 8  # tokens decoded by one side before the other has its turn
-DEMO = Path(__file__).parent.parent / "runner" / "demo" / "buddy-demo-q8_0.gguf"
 
 
 @dataclass(frozen=True)

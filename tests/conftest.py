@@ -7,10 +7,7 @@ from pathlib import Path
 import pytest
 
 from tests.llama_cpp_oracle import quantize
-
-ROOT = Path(__file__).parent.parent
-DEMO = ROOT / "runner" / "demo" / "buddy-demo-q8_0.gguf"
-HELD_OUT = ROOT / "tests" / "data" / "held_out"
+from tests.paths import DEMO, HELD_OUT
 
 # Threads that wait for each other crawl on a machine that does something else meanwhile.
 os.environ["BUDDYRUN_THREADS"] = "1"

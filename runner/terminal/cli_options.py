@@ -10,7 +10,14 @@ from typing import Any
 import click
 from click.core import ParameterSource
 
-from runner.config import DEFAULT_MAX_CTX, EngineConfig, SamplingConfig
+from runner.config import (
+    DEFAULT_MAX_CTX,
+    MAX_BATCH,
+    MAX_CTX,
+    MAX_THREADS,
+    EngineConfig,
+    SamplingConfig,
+)
 from runner.errors import OptionError
 from runner.terminal.sampling_options import N_PREDICT, SAMPLING_OPTIONS, SamplingOption, default_of
 
@@ -18,7 +25,6 @@ ENVIRONMENT_PREFIX = "BUDDYRUN"
 FILE = click.Path(path_type=str)  # lets a shell complete file names
 BENCH_FORMATS = ("md", "json", "jsonl", "csv")
 CACHE_TYPES = click.Choice(["f16", "q8_0"])
-_MAX_INT = 2**31 - 1
 _MAX_BENCH_TOKENS = 1 << 20
 
 Params = dict[str, Any]  # what click makes of the command line, by parameter name
@@ -100,19 +106,19 @@ THREAD_FLAGS = (
     flag(
         *("-t", "--threads", "n_threads"),
         help="Threads for generation; 0 = one per core.",
-        type=click.IntRange(0, 1024),
+        type=click.IntRange(0, MAX_THREADS),
         default=EngineConfig.n_threads,
     ),
     flag(
         *("-tb", "--threads-batch", "n_threads_batch"),
         help="Threads for prompts; 0 = as for generation.",
-        type=click.IntRange(0, 1024),
+        type=click.IntRange(0, MAX_THREADS),
         default=EngineConfig.n_threads_batch,
     ),
     flag(
         *("-b", "--batch-size", "n_batch"),
         help="Most tokens of a prompt computed at once.",
-        type=click.IntRange(1, 65536),
+        type=click.IntRange(1, MAX_BATCH),
         default=EngineConfig.n_batch,
     ),
     flag(
@@ -133,7 +139,7 @@ CONTEXT_FLAGS = (
     flag(
         *("-c", "--ctx-size", "n_ctx"),
         help=f"Context in tokens; 0 = the model's, at most {DEFAULT_MAX_CTX}.",
-        type=click.IntRange(0, _MAX_INT),
+        type=click.IntRange(0, MAX_CTX),
         default=EngineConfig.n_ctx,
     ),
     switch(
@@ -142,8 +148,8 @@ CONTEXT_FLAGS = (
     ),
     flag(
         *("--keep", "n_keep"),
-        help="Tokens at the start that a context shift keeps.",
-        type=click.IntRange(0, _MAX_INT),
+        help="Tokens behind the first that a context shift keeps as well.",
+        type=click.IntRange(0, MAX_CTX),
         default=EngineConfig.n_keep,
     ),
 )

@@ -99,7 +99,7 @@ class Conversation:
         """Forget all messages; the settings stay."""
         self.messages.clear()
         self.attached.clear()
-        self._unanswered = None
+        self._unanswered = self._replaced = None
 
     def restore(self, messages: list[Message], settings: ChatSettings) -> None:
         """Replace everything by a saved chat."""

@@ -13,7 +13,6 @@ from runner.cli import main
 from tests.runner.scripted_client import ScriptedClient
 
 ROOT = Path(__file__).parent.parent.parent
-DEMO = ROOT / "runner" / "demo" / "buddy-demo-q8_0.gguf"
 SCRIPTED = [sys.executable, "-m", "tests.runner.scripted_client"]
 BUDDYRUN = [sys.executable, "-m", "runner"]
 Done = subprocess.CompletedProcess[bytes]

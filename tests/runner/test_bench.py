@@ -12,8 +12,9 @@ from runner.bench import BenchRecord, BenchSetting, format_records, label_of_tes
 from runner.errors import WorkerDiedError
 from runner.protocol import BenchSample
 from runner.terminal.bench_command import bench_text
+from tests.paths import DEMO
 from tests.runner.chat_fakes import INFO
-from tests.runner.command_line import BUDDYRUN, DEMO, buddyrun, buddyrun_process
+from tests.runner.command_line import BUDDYRUN, buddyrun, buddyrun_process
 from tests.runner.scripted_client import ScriptedClient
 
 SECOND = 10**9

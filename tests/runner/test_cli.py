@@ -11,8 +11,9 @@ import pytest
 from runner.config import GenerateRequest
 from runner.protocol import ModelInfo
 from runner.terminal.chat_view import ChatView
+from tests.paths import DEMO
 from tests.runner import command_line
-from tests.runner.command_line import DEMO, buddyrun
+from tests.runner.command_line import buddyrun
 from tests.runner.scripted_client import ScriptedClient
 
 

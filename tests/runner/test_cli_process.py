@@ -11,7 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.runner.command_line import BUDDYRUN, DEMO, ROOT, SCRIPTED, buddyrun_process
+from tests.paths import DEMO
+from tests.runner.command_line import BUDDYRUN, ROOT, SCRIPTED, buddyrun_process
 
 
 @pytest.fixture

@@ -12,14 +12,13 @@ from pathlib import Path
 import psutil
 import pytest
 
-import runner
 from runner.client import Client
 from runner.config import EngineConfig, GenerateRequest, SamplingConfig
 from runner.errors import ContextFullError, GGUFError, OptionError, WorkerDiedError
 from runner.protocol import BenchTest, GenerateResult, TextPiece
+from tests.paths import DEMO
 
 ROOT = Path(__file__).resolve().parents[2]
-DEMO = Path(runner.__file__).parent / "demo" / "buddy-demo-q8_0.gguf"
 CONFIG = EngineConfig(n_ctx=512, n_batch=16, n_threads=1)
 GREEDY = SamplingConfig(temperature=0)
 ENDLESS = SamplingConfig(temperature=0, ignore_eos=True)

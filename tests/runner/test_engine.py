@@ -8,10 +8,11 @@ import numpy as np
 import pytest
 from gguf import GGMLQuantizationType as T
 
-from runner.batch_graph import BatchGraph
+from runner.batch_graph import BatchGraph, BatchShape
 from runner.config import EngineConfig
 from runner.engine import Cancelled, Engine
 from runner.errors import BackendError, CancelledError, ContextFullError, OptionError
+from runner.graph_cache import GraphCache
 from runner.miss_policy import RoutingPlan
 from tests.conftest import FILE_TYPES
 from tests.llama_cpp_oracle import LlamaCpp, mean_kl
@@ -431,3 +432,18 @@ def test_every_pair_is_counted_once(demo_path) -> None:
     assert stats.n_tokens_prompt == 41 and stats.n_tokens_generated == 1
     assert stats.n_routings == 16 and stats.compute_s > 0
     engine.close()
+
+
+def test_graphs_of_many_sizes_come_and_go_without_changing_a_number(demo_path) -> None:
+    engine, fresh = Engine(demo_path, THREADS), Engine(demo_path, THREADS)
+    engine._graphs = GraphCache(engine._parts, BatchShape(1, 256))  # its memory has to grow
+    first = engine.decode(0).copy()
+    for n in range(20, 300, 14):
+        tokens = [0, *range(300, 300 + n)]
+        for each in (engine, fresh):
+            each.reset()
+        assert np.array_equal(engine.prefill(tokens), fresh.prefill(tokens))
+    engine.reset()
+    assert np.array_equal(engine.decode(0), first)
+    engine.close()
+    fresh.close()

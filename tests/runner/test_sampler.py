@@ -3,7 +3,6 @@
 import ctypes
 import math
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any
 
 import llama_cpp.llama_cpp as api
@@ -13,8 +12,8 @@ import pytest
 from runner.config import SamplingConfig
 from runner.sampler import Sampler
 from runner.tokenizer import Tokenizer
+from tests.paths import DEMO
 
-DEMO = Path(__file__).parents[2] / "runner" / "demo" / "buddy-demo-q8_0.gguf"
 PROMPT = "<|im_start|>user\nTell me a story about a cat.<|im_end|>\n<|im_start|>assistant\n"
 N_TOKENS = 64
 BREAKERS = [b"\n", b":", b'"', b"*"]

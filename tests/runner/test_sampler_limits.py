@@ -14,9 +14,9 @@ from runner.config import SamplingConfig
 from runner.errors import BuddyrunError, OptionError
 from runner.sampler import Sampler
 from runner.tokenizer import Tokenizer
+from tests.paths import DEMO
 from tests.runner.vocab_gguf import write_spm
 
-DEMO = Path(__file__).parents[2] / "runner" / "demo" / "buddy-demo-q8_0.gguf"
 YES_OR_NO = 'root ::= "Yes" | "No"'
 
 

@@ -1,16 +1,13 @@
 """Session with the demo model, in this process."""
 
-from pathlib import Path
-
 import pytest
 
-import runner
 from runner.config import EngineConfig, GenerateRequest, SamplingConfig
 from runner.errors import CancelledError, ContextFullError, GGUFError, OptionError, TemplateError
 from runner.protocol import BenchTest, PromptProgress, TextPiece
 from runner.session import Session
+from tests.paths import DEMO
 
-DEMO = Path(runner.__file__).parent / "demo" / "buddy-demo-q8_0.gguf"
 GREEDY = SamplingConfig(temperature=0)
 HI = ({"role": "user", "content": "hi"},)
 

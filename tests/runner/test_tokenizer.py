@@ -10,9 +10,9 @@ from hypothesis import strategies as st
 
 from runner.errors import ModelError
 from runner.tokenizer import Tokenizer
+from tests.paths import DEMO
 from tests.runner.vocab_gguf import BYTES, WORDS, write_spm
 
-DEMO = Path(__file__).parents[2] / "runner" / "demo" / "buddy-demo-q8_0.gguf"
 TEXT = 'Once upon a time, Zoë\'s 2 cats (漢字 😀) said:\n\t"hi"  <|im_end|> ok'
 
 
