@@ -100,6 +100,24 @@ class GGUFFile:
         assert len(view) == range.n_bytes, f"a buffer of {len(view)} for {range.n_bytes} bytes"
         self._files[range.shard].read_into(range.offset, view)
 
+    def open_direct(self) -> bool:
+        """Make `read_direct` possible; False where the system or the file system cannot."""
+        return all(file.open_direct() for file in self._files)
+
+    def read_direct(self, shard: int, offset: int, into: memoryview) -> None:
+        """Fill `into` past the system's page cache: see `ReadOnlyFile.read_direct`."""
+        self._files[shard].read_direct(offset, into)
+
+    def is_cached(self, part: ByteRange, n_probes: int = 8) -> bool:
+        """Whether evenly spaced pages of `part`, both ends included, are all in memory."""
+        file, last = self._files[part.shard], part.n_bytes - 1
+        steps = max(1, n_probes - 1)
+        return all(file.is_cached(part.offset + last * i // steps) for i in range(steps + 1))
+
+    def forget(self, part: ByteRange) -> None:
+        """Tell the system that the pages of `part` need not stay in memory."""
+        self._files[part.shard].forget(part.offset, part.n_bytes)
+
     def find_change(self) -> FileChange | None:
         """The first shard that was truncated, written to, deleted or replaced since opening."""
         changes = (file.find_change() for file in self._files)

@@ -47,6 +47,13 @@ class Graph:
         """Place all intermediate values in the allocator's memory."""
         allocator.lay_out(self._handle)
 
+    def lay_out_within(self, allocator: GraphAllocator) -> None:
+        """The same for a graph that needs no more memory than there is, so nothing else moves."""
+        before = allocator.n_bytes
+        self.reserve(allocator)
+        assert allocator.n_bytes == before, "the allocator was not reserved for the largest graph"
+        self.lay_out(allocator)
+
     def compute(self) -> None:
         """Run to the end. Raises BackendError."""
         self._backend.compute(self._handle)

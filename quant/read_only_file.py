@@ -17,6 +17,8 @@ from quant.errors import GGUFError
 
 WritableBuffer = bytearray | memoryview | NDArray[Any]
 
+BLOCK_BYTES = 4096  # offsets, lengths and addresses of direct reads are multiples of it
+
 _OPEN_FLAGS = (
     os.O_RDONLY
     | getattr(os, "O_BINARY", 0)  # Windows would translate line ends without it
@@ -44,6 +46,7 @@ class ReadOnlyFile:
         self.size_bytes = self._opened.st_size
         self._lock = threading.Lock()
         self._mapping: mmap.mmap | None = None
+        self._direct_fd = -1
 
     def read_into(self, offset: int, into: WritableBuffer) -> None:
         """Fill `into` from the byte `offset` on. Raises GGUFError when fewer bytes are there."""
@@ -65,6 +68,48 @@ class ReadOnlyFile:
         buffer = bytearray(n_bytes)
         self.read_into(offset, buffer)
         return bytes(buffer)
+
+    def open_direct(self) -> bool:
+        """Make `read_direct` possible; False where the system or the file system cannot."""
+        if self._direct_fd < 0 and hasattr(os, "O_DIRECT"):
+            self._direct_fd = _open_same(self.path, self._opened, os.O_DIRECT)
+            if self._direct_fd >= 0 and not self._can_read_direct():
+                os.close(self._direct_fd)
+                self._direct_fd = -1
+        return self._direct_fd >= 0
+
+    def read_direct(self, offset: int, into: memoryview) -> None:
+        """Fill `into` past the system's page cache; needs `open_direct`.
+
+        Offset, length and address are multiples of BLOCK_BYTES. What lies beyond the end of the
+        file is left as it is. Raises GGUFError when bytes are missing before it.
+        """
+        wanted = min(len(into), self.size_bytes - offset)
+        done = 0
+        while done < wanted:
+            try:
+                n = os.preadv(self._direct_fd, [into[done:]], offset + done)
+            except OSError as error:
+                raise GGUFError(
+                    f"{self.path}: reading byte {offset + done}: {_reason(error)}"
+                ) from error
+            if n == 0 or (done + n < wanted and n % BLOCK_BYTES):
+                raise self._short_read(offset, done + n, wanted)
+            done += n
+
+    def is_cached(self, offset: int) -> bool:
+        """Whether the system has the page around this byte in memory; False if it cannot say."""
+        if not hasattr(os, "RWF_NOWAIT"):
+            return False
+        try:
+            return os.preadv(self._fd, [bytearray(1)], offset, os.RWF_NOWAIT) == 1
+        except OSError:
+            return False
+
+    def forget(self, offset: int, n_bytes: int) -> None:
+        """Tell the system that these pages need not stay in memory."""
+        if hasattr(os, "posix_fadvise"):
+            os.posix_fadvise(self._fd, offset, n_bytes, os.POSIX_FADV_DONTNEED)
 
     def mapping(self) -> NDArray[np.uint8]:
         """The whole file, mapped read-only on the first call: uint8 (size_bytes,)."""
@@ -110,6 +155,9 @@ class ReadOnlyFile:
             with suppress(BufferError):  # an array still points into it; the last one unmaps it
                 self._mapping.close()
             self._mapping = None
+        if self._direct_fd >= 0:
+            os.close(self._direct_fd)
+            self._direct_fd = -1
         if self._fd >= 0:
             os.close(self._fd)
             self._fd = -1
@@ -127,11 +175,23 @@ class ReadOnlyFile:
             file.seek(offset)
             return file.readinto(view) or 0
 
+    def _can_read_direct(self) -> bool:
+        with mmap.mmap(-1, BLOCK_BYTES) as block, memoryview(block) as view:
+            try:
+                return os.preadv(self._direct_fd, [view], 0) > 0
+            except OSError:
+                return False
+
     def _short_read(self, offset: int, done: int, wanted: int) -> GGUFError:
         return GGUFError(
             f"{self.path}: the file was truncated or replaced: only {done} of {wanted} bytes "
             f"could be read at byte {offset}; when it was opened it had {self.size_bytes} bytes"
         )
+
+
+def round_up(n: int, multiple: int) -> int:
+    """The least multiple that is not below n."""
+    return -(-n // multiple) * multiple
 
 
 def bytes_of(buffer: WritableBuffer) -> memoryview:
@@ -151,6 +211,19 @@ def _open_regular(path: Path) -> int:
     except (OSError, ValueError) as error:
         raise GGUFError(f"{path}: cannot be opened: {_reason(error)}") from error
     raise GGUFError(f"{path}: found {_kind(mode)}; expected a GGUF file")
+
+
+def _open_same(path: Path, opened: os.stat_result, flags: int) -> int:
+    """Open the file again with more flags; -1 when that fails or another file has its name."""
+    try:
+        fd = os.open(path, _OPEN_FLAGS | flags)
+    except OSError:
+        return -1
+    now = os.fstat(fd)
+    if (now.st_ino, now.st_dev) == (opened.st_ino, opened.st_dev):
+        return fd
+    os.close(fd)
+    return -1
 
 
 def _reason(error: OSError | ValueError) -> str:

@@ -14,6 +14,7 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
 from runner.protocol import BenchSample, ModelInfo
+from runner.stats import share
 from runner.terminal.terminal_text import visible_line
 
 _BACKEND = "CPU"  # the only one that the engine runs on
@@ -21,7 +22,10 @@ _BACKEND = "CPU"  # the only one that the engine runs on
 
 @dataclass(frozen=True)
 class BenchRecord:
-    """One test under llama-bench's field names, in its order; the last five are ours."""
+    """One test under llama-bench's field names, in its order; from prompt_source on they are ours.
+
+    Rates are shares of the (token, expert) pairs of all timed repetitions.
+    """
 
     cpu_info: str
     gpu_info: str
@@ -50,6 +54,13 @@ class BenchRecord:
     n_expert_used: int
     buddyrun_version: str
     ggml_version: str
+    moe_cache_bytes: int
+    moe_cache_slots: int  # of the layer that has the fewest; 0 = no cache
+    moe_cache_policy: str
+    hit_rate: float
+    load_rate: float
+    host_rate: float
+    load_bytes: int
 
 
 @dataclass(frozen=True)
@@ -66,6 +77,7 @@ def record(sample: BenchSample, setting: BenchSetting, test_time: str) -> BenchR
     """The figures of one test."""
     info = setting.info
     n_tokens = sample.n_prompt + sample.n_gen
+    n_pairs = sample.n_pairs
     speeds = tuple(n_tokens * 1e9 / ns for ns in sample.samples_ns)
     return BenchRecord(
         cpu_info=cpu_name(),
@@ -95,6 +107,13 @@ def record(sample: BenchSample, setting: BenchSetting, test_time: str) -> BenchR
         n_expert_used=info.n_expert_used,
         buddyrun_version=setting.version,
         ggml_version=info.ggml_version,
+        moe_cache_bytes=info.moe_cache_bytes,
+        moe_cache_slots=min(info.moe_cache_slots, default=0),
+        moe_cache_policy=info.moe_cache_policy,
+        hit_rate=share(sample.n_hit, n_pairs),
+        load_rate=share(sample.n_loaded, n_pairs),
+        host_rate=share(sample.n_on_host, n_pairs),
+        load_bytes=sample.load_bytes,
     )
 
 
@@ -132,6 +151,7 @@ def cpu_name() -> str:
 _COLUMNS = (("model", 30), ("size", 10), ("params", 10), ("backend", 10), ("threads", 7))
 _OPTIONAL = (("n_batch", 7, 512), ("type_k", 6, "f16"), ("type_v", 6, "f16"))
 _LAST = (("test", 15), ("t/s", 20))
+_CACHE, _HIT = ("cache", 10), ("hit", 7)
 _LEFT = ("model", "backend")
 
 
@@ -151,9 +171,11 @@ def _markdown(results: Iterable[BenchRecord]) -> Iterator[str]:
 
 
 def _columns(result: BenchRecord) -> tuple[tuple[str, int], ...]:
-    """llama-bench's columns; settings that are not the default get one."""
+    """llama-bench's columns; settings that are not the default get one, and so does a cache."""
     added = [(name, width) for name, width, usual in _OPTIONAL if getattr(result, name) != usual]
-    return (*_COLUMNS, *added, *_LAST)
+    if not result.moe_cache_slots:
+        return (*_COLUMNS, *added, *_LAST)
+    return (*_COLUMNS, *added, _CACHE, *_LAST, _HIT)
 
 
 def _cells(result: BenchRecord) -> dict[str, str]:
@@ -168,6 +190,8 @@ def _cells(result: BenchRecord) -> dict[str, str]:
         "type_v": result.type_v,
         "test": label_of_test(result.n_prompt, result.n_gen),
         "t/s": f"{result.avg_ts:.2f} ± {result.stddev_ts:.2f}",
+        "cache": f"{result.moe_cache_slots} {result.moe_cache_policy}",
+        "hit": f"{100 * result.hit_rate:.1f} %",
     }
 
 

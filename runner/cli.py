@@ -16,6 +16,7 @@ from runner.errors import BuddyrunError
 from runner.terminal import cli_options as options
 from runner.terminal.cli_options import Params
 from runner.terminal.command_group import DefaultGroup, FlagCommand, SectionedCommand
+from runner.terminal.expert_options import EXPERT_FLAGS, EXPERT_PLAN_FLAGS, planned_cache
 from runner.terminal.terminal_text import visible
 
 NAME = "buddyrun"
@@ -150,7 +151,7 @@ def _demo_command(**params: Any) -> None:
 def _show_command(**params: Any) -> None:
     from runner.terminal.run_command import show_model
 
-    show_model(_chosen_model(params), params["as_json"], params["template"])
+    show_model(_chosen_model(params), params["as_json"], params["template"], planned_cache(params))
 
 
 def _bench_command(**params: Any) -> None:
@@ -172,6 +173,7 @@ def _chosen_model(params: Params) -> str:
 _CHAT_SECTIONS = (
     ("Prompt and chat", options.PROMPT_FLAGS),
     ("Context and speed", (*options.CONTEXT_FLAGS, *options.THREAD_FLAGS)),
+    ("Experts", EXPERT_FLAGS),
     ("Sampling", options.SAMPLING_FLAGS),
     ("Terminal", options.TERMINAL_FLAGS),
 )
@@ -225,6 +227,9 @@ commands = DefaultGroup(
                 options.MODEL_FLAG,
                 options.switch("--json", "as_json", help="Print JSON."),
                 options.switch("--template", "template", help="Print the chat template too."),
+                *EXPERT_PLAN_FLAGS,
+                options.CTX_SIZE_FLAG,
+                *options.BATCH_FLAGS,
                 options.VERBOSE_FLAG,
             ],
             callback=_show_command,
@@ -238,6 +243,7 @@ commands = DefaultGroup(
                 options.MODEL_FLAG,
                 *options.BENCH_FLAGS,
                 *options.THREAD_FLAGS,
+                *EXPERT_FLAGS,
                 options.VERBOSE_FLAG,
             ],
             callback=_bench_command,

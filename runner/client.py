@@ -27,6 +27,7 @@ from runner.protocol import (
 )
 
 LAST_REPLIES = ("loaded", "done", "bench_done", "stats", "error")
+_ENVELOPE = ("type", "id")  # of every message
 POLL_S = 0.5  # Windows lets Ctrl-C through only between waits
 
 OnProgress = Callable[[str, int, int], None]
@@ -116,7 +117,8 @@ class Client:
         """Measure speed on the tokens of `text`; one sample per test. `cancel` ends it early."""
         for reply in self._run_job("bench", BenchFields(tuple(tests), repetitions, text)):
             if reply["type"] == "bench_result":
-                yield BenchSample(reply["n_prompt"], reply["n_gen"], tuple(reply["samples_ns"]))
+                sample = {name: value for name, value in reply.items() if name not in _ENVELOPE}
+                yield protocol.parse(BenchSample, sample)
 
     def stats(self) -> dict[str, Any]:
         """The engine's counters now, also while it computes."""

@@ -2,6 +2,11 @@
 
 from dataclasses import dataclass, field
 
+MOE_CACHE_AUTO = -1  # what is free, and no cache when the whole model fits
+MOE_CACHE_OFF = 0
+CACHE_POLICIES = ("lru", "lfu", "static")
+MISS_ACTIONS = ("auto", "load", "host")
+
 
 @dataclass(frozen=True)
 class EngineConfig:
@@ -15,6 +20,10 @@ class EngineConfig:
     cache_type_v: str = "f16"
     context_shift: bool = False  # when the context is full drop the oldest half, not an error
     n_keep: int = 0  # tokens behind the first that a context shift keeps as well
+    moe_cache_bytes: int = MOE_CACHE_AUTO  # memory for expert slots; MOE_CACHE_AUTO, MOE_CACHE_OFF
+    moe_cache_slots: int = 0  # per layer; 0 = as many as the memory buys
+    moe_cache_policy: str = "lfu"  # one of CACHE_POLICIES: which expert leaves first
+    moe_miss: str = "auto"  # one of MISS_ACTIONS: read a missing expert, or compute from the file
 
 
 DEFAULT_SAMPLERS = (
@@ -79,3 +88,5 @@ DEFAULT_MAX_CTX = 8192  # without -c a model with a longer context gets this one
 MAX_CTX = 1 << 24  # tokens
 MAX_BATCH = 1 << 16
 MAX_THREADS = 512
+MAX_MOE_CACHE_BYTES = 1 << 50
+MAX_MOE_CACHE_SLOTS = 1 << 16  # per layer

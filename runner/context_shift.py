@@ -12,7 +12,7 @@ from quant.ggml import GraphAllocator
 from quant.ggml_types import GGML_TYPES_BY_NAME
 from quant.graph import Graph, HostPort
 from runner import model
-from runner.batch_graph import EngineParts
+from runner.device_state import EngineParts
 from runner.model_config import RopeConfig
 
 _F32 = GGML_TYPES_BY_NAME["F32"].id

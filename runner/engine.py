@@ -15,14 +15,22 @@ import numpy as np
 from quant.ggml import Backend
 from quant.gguf_file import GGUFFile
 from runner import context_shift, miss_policy
-from runner.batch_graph import BatchGraph, BatchShape, DeviceState, EngineParts
+from runner.batch_graph import BatchGraph
+from runner.checks.file_check import check_unchanged
 from runner.checks.read_model import read_model
 from runner.config import EngineConfig
+from runner.device_state import BatchShape, DeviceState, EngineParts
 from runner.engine_limits import choose_limits
-from runner.errors import CancelledError, ContextFullError, ModelError, OptionError
+from runner.errors import CancelledError, ContextFullError, OptionError
+from runner.experts.cache_plan import CachePlan, plan_cache
+from runner.experts.expert_cache import ExpertCache
+from runner.experts.expert_runner import ExpertRunner
+from runner.experts.expert_store import ExpertStore
 from runner.graph_cache import GraphCache
+from runner.hardware import available_memory_bytes
 from runner.kv_cache import KVCache, padded_context
 from runner.miss_policy import RoutingPlan
+from runner.model_sizes import is_expert_tensor, model_sizes
 from runner.page_in import page_in
 from runner.stats import StatsRecorder, StatsSnapshot
 from runner.weights import Weights
@@ -61,15 +69,18 @@ class Engine:
             self._limits = choose_limits(config, self.model_config)
             self.notes = self.model_config.notes + self._limits.notes
             self.backend = owned.enter_context(Backend.cpu(self._limits.n_threads))
-            if not page_in(self.file, report, cancelled):
-                self.notes += ("The model is larger than the free memory: expect it to be slow.",)
+            self.cache_plan = self._plan_cache()
+            self.notes += self.cache_plan.notes
+            self._page_in(report, cancelled)
+            self._stats = StatsRecorder(self.model_config.n_layer, self.cache_plan.n_slots)
+            self._cache = self._make_cache(owned) if self.cache_plan.n_slots else None
             self._parts = self._allocate(owned)
             largest = BatchShape(self._limits.n_batch, padded_context(self.n_ctx))
             self._graphs = GraphCache(self._parts, largest)
             owned.callback(self._graphs.close)
+            self._experts = self._make_runner() if self._cache else None
             self._owned = owned.pop_all()
         self._tokens: list[int] = []  # what the KV cache holds, in order
-        self._stats = StatsRecorder(self.model_config.n_layer)
 
     def close(self) -> None:
         self._owned.close()
@@ -97,7 +108,14 @@ class Engine:
         return self.backend.ggml.version_text
 
     def snapshot(self) -> StatsSnapshot:
-        return self._stats.snapshot(self.n_past, self.n_ctx)
+        """The counters so far; from any thread."""
+        if self._cache is None:
+            return self._stats.snapshot(self.n_past, self.n_ctx)
+        table = self._cache.table
+        residency = tuple(
+            tuple(row[:n].tolist()) for row, n in zip(table.expert_in, table.n_slots, strict=True)
+        )
+        return self._stats.snapshot(self.n_past, self.n_ctx, residency, tuple(table.n_evicted))
 
     # generating
 
@@ -116,7 +134,7 @@ class Engine:
         last step carries the reason for the stop. Raises ContextFullError when the prompt does not
         fit, before anything is computed; ModelError when the file was overwritten meanwhile.
         """
-        self._check_file()
+        check_unchanged(self.file)
         try:
             logits = self.prefill(self._fit(list(tokens)), cancelled, on_prompt)
             n_made = 0
@@ -175,6 +193,7 @@ class Engine:
     ) -> np.ndarray:
         start_ns = time.perf_counter_ns()
         position, kv = self.n_past, self._parts.kv
+        passes_ns, wait_ns = self._passes_and_wait_ns()
         cells = kv.cells.take(position, len(tokens))
         try:
             kv.clear_visible()
@@ -182,12 +201,17 @@ class Engine:
             graph.begin(np.asarray(tokens, np.int32), position, cells)
             plans = self._run_layers(graph, cancelled)
             logits = graph.finish()
+            check_unchanged(self.file)  # else some of it may come from other weights
         except BaseException:
             kv.truncate(position)  # what was not finished was not read
             raise
         self._tokens += tokens
         total_ns = time.perf_counter_ns() - start_ns
-        self._stats.record_batch(len(tokens), plans, total_ns, graph.compute_ns, is_prompt)
+        passes_after_ns, wait_after_ns = self._passes_and_wait_ns()
+        compute_ns = graph.compute_ns + passes_after_ns - passes_ns
+        self._stats.record_batch(
+            len(tokens), plans, total_ns, compute_ns, wait_after_ns - wait_ns, is_prompt
+        )
         return logits
 
     def _run_layers(self, graph: BatchGraph, cancelled: Cancelled) -> list[RoutingPlan]:
@@ -200,18 +224,15 @@ class Engine:
                 graph.pass_dense(layer)
                 continue
             expert_ids = graph.route(layer)
-            plan = miss_policy.exact(expert_ids, slot_of=None)
-            graph.apply(plan)
-            plans.append(plan)
+            if self._experts is None:  # the experts' slots are where the router wrote them
+                plans.append(miss_policy.all_resident(expert_ids))
+            else:
+                plans.append(self._experts.serve(graph, layer, expert_ids))
         return plans
 
-    def _check_file(self) -> None:
-        change = self.file.find_change()
-        if change is not None and not change.is_data_intact:
-            raise ModelError(
-                f"{change.path} {change.description} since it was loaded; its weights can no "
-                "longer be trusted: load the model again"
-            )
+    def _passes_and_wait_ns(self) -> tuple[int, int]:
+        wait_ns = self._experts.wait_ns if self._experts is not None else 0
+        return self._graphs.passes.compute_ns, wait_ns
 
     # the context
 
@@ -263,17 +284,56 @@ class Engine:
 
     # loading
 
+    def _plan_cache(self) -> CachePlan:
+        """How many slots each layer gets, by the settings and the memory that is free now."""
+        sizes = model_sizes(self.file, self.model_config)
+        n_ctx, n_batch = self._limits.n_ctx, self._limits.n_batch
+        available = available_memory_bytes()
+        return plan_cache(self.config, self.model_config, sizes, n_ctx, n_batch, available)
+
+    def _page_in(self, report: Progress, cancelled: Cancelled) -> None:
+        """Read what is used in place: everything, or all but the experts if they have slots."""
+        has_slots = bool(self.cache_plan.n_slots)
+        parts = [
+            tensor.range
+            for tensor in self.file.tensors.values()
+            if not (has_slots and is_expert_tensor(tensor.name))
+        ]
+        if not page_in(self.file, parts, report, cancelled):
+            self.notes += ("The model is larger than the free memory: expect it to be slow.",)
+
+    def _make_cache(self, owned: ExitStack) -> ExpertCache:
+        plan, config = self.cache_plan, self.model_config
+        all_bytes = (
+            plan.n_bytes + plan.other_bytes + model_sizes(self.file, config).all_experts_bytes
+        )
+        has_room = plan.available_bytes is None or all_bytes <= plan.available_bytes
+        store = ExpertStore(self.file, config, has_room)
+        policy = self.config.moe_cache_policy
+        cache = ExpertCache(self.backend, self.file, config, store, plan.n_slots, policy)
+        owned.callback(cache.close)
+        return cache
+
+    def _make_runner(self) -> ExpertRunner:
+        assert self._cache is not None
+        runner = ExpertRunner(self._cache, self._graphs.passes, self._stats, self.config.moe_miss)
+        runner.measure_costs()
+        return runner
+
     def _allocate(self, owned: ExitStack) -> EngineParts:
-        config, limits = self.model_config, self._limits
-        weights = Weights(self.file, config, self.backend, limits.n_ctx)
+        config, limits, cache = self.model_config, self._limits, self._cache
+        weights = Weights(self.file, config, self.backend, limits.n_ctx, copies_experts=not cache)
         owned.callback(weights.close)
         kv = KVCache(self.backend, config, limits.n_ctx, limits.type_k, limits.type_v)
         owned.callback(kv.close)
-        state = DeviceState(self.backend, config, limits.n_batch, limits.n_ctx)
+        has_passes = cache is not None
+        state = DeviceState(self.backend, config, limits.n_batch, limits.n_ctx, has_passes)
         owned.callback(state.close)
         if weights.n_copied_bytes:
             self.notes += (
                 f"{weights.n_copied_bytes / 1e9:.1f} GB of experts lie scattered in this file and "
                 "were copied to memory; converting it with a current llama.cpp avoids that.",
             )
-        return EngineParts(self.backend, config, weights, kv, state)
+        in_place = tuple(layer.experts for layer in weights.layers)
+        slabs = cache.slabs if cache is not None else in_place
+        return EngineParts(self.backend, config, weights, slabs, kv, state)

@@ -3,7 +3,18 @@
 from dataclasses import dataclass
 
 from quant.ggml_types import GGML_TYPES_BY_NAME, GGMLType
-from runner.config import DEFAULT_MAX_CTX, MAX_BATCH, MAX_CTX, MAX_THREADS, EngineConfig
+from runner.config import (
+    CACHE_POLICIES,
+    DEFAULT_MAX_CTX,
+    MAX_BATCH,
+    MAX_CTX,
+    MAX_MOE_CACHE_BYTES,
+    MAX_MOE_CACHE_SLOTS,
+    MAX_THREADS,
+    MISS_ACTIONS,
+    MOE_CACHE_AUTO,
+    EngineConfig,
+)
 from runner.errors import OptionError
 from runner.hardware import available_memory_bytes, n_cores
 from runner.model_config import ModelConfig
@@ -37,6 +48,7 @@ def choose_limits(config: EngineConfig, model: ModelConfig) -> EngineLimits:
     _check_range("-t", n_threads, 1, MAX_THREADS)
     _check_range("-tb", n_threads_batch, 1, MAX_THREADS)
     _check_range("--keep", config.n_keep, 0, MAX_CTX)
+    _check_expert_settings(config)
     type_k = _cache_type("-ctk", config.cache_type_k, model)
     type_v = _cache_type("-ctv", config.cache_type_v, model)
     _check_memory(config, model, n_ctx)
@@ -69,6 +81,19 @@ def _check_range(flag: str, value: int, low: int, high: int) -> None:
         raise OptionError(f"{flag} {value}: expected {low} to {high}")
 
 
+def _check_expert_settings(config: EngineConfig) -> None:
+    if config.moe_cache_bytes != MOE_CACHE_AUTO:
+        _check_range("--moe-cache", config.moe_cache_bytes, 0, MAX_MOE_CACHE_BYTES)
+    _check_range("--moe-cache-slots", config.moe_cache_slots, 0, MAX_MOE_CACHE_SLOTS)
+    _check_choice("--moe-cache-policy", config.moe_cache_policy, CACHE_POLICIES)
+    _check_choice("--moe-miss", config.moe_miss, MISS_ACTIONS)
+
+
+def _check_choice(flag: str, value: str, choices: tuple[str, ...]) -> None:
+    if value not in choices:
+        raise OptionError(f"{flag} {value}: expected one of {', '.join(choices)}")
+
+
 def _check_memory(config: EngineConfig, model: ModelConfig, n_ctx: int) -> None:
     """Keys and values take memory only as the context fills: too late to find out then."""
     available = available_memory_bytes()
@@ -81,8 +106,7 @@ def _check_memory(config: EngineConfig, model: ModelConfig, n_ctx: int) -> None:
 
 
 def _cache_type(flag: str, name: str, model: ModelConfig) -> GGMLType:
-    if name not in CACHE_TYPES:
-        raise OptionError(f"{flag} {name}: expected one of {', '.join(CACHE_TYPES)}")
+    _check_choice(flag, name, CACHE_TYPES)
     kind = GGML_TYPES_BY_NAME[name.upper()]
     if model.n_embd_head % kind.block_size:
         raise OptionError(

@@ -4,7 +4,9 @@ from collections import OrderedDict
 from contextlib import closing
 
 from quant.ggml import GraphAllocator
-from runner.batch_graph import BatchGraph, BatchShape, EngineParts
+from runner.batch_graph import BatchGraph
+from runner.device_state import BatchShape, EngineParts
+from runner.expert_pass import ExpertPasses
 
 _MAX_GRAPHS = 12  # the decode graph of every context block in use and a few prompt sizes
 
@@ -18,6 +20,7 @@ class GraphCache:
         self._allocator = GraphAllocator(parts.backend)
         with closing(BatchGraph(parts, largest)) as graph:
             graph.reserve(self._allocator)
+        self.passes = ExpertPasses(parts, largest.n_tokens, self._allocator)
 
     def get(self, shape: BatchShape) -> BatchGraph:
         """The graph of this shape, ready to run."""
@@ -29,6 +32,7 @@ class GraphCache:
 
     def close(self) -> None:
         self._drop_all()
+        self.passes.close()
         self._allocator.close()
 
     def _add(self, shape: BatchShape) -> BatchGraph:
@@ -39,6 +43,7 @@ class GraphCache:
         graph.reserve(self._allocator)
         if self._allocator.n_bytes != before:
             self._drop_all()  # the memory moved: their addresses are void
+            self.passes.drop_all()
         graph.lay_out(self._allocator)
         self._graphs[shape] = graph
         return graph

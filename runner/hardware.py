@@ -35,12 +35,13 @@ def _cpu_quotas() -> list[int]:
 
 
 def available_memory_bytes() -> int | None:
-    """Memory for programs and file pages, limits of control groups included.
+    """Memory that this process can still get, for itself and for file pages.
 
-    None where the system does not say.
+    What its control groups leave counts too. None where the system does not say.
     """
-    known = [n for n in (_available(), _cgroup_limit()) if n is not None]
-    return min(known) if known else None
+    available = _available()
+    known = [*_left_in_groups(), *([] if available is None else [available])]
+    return max(0, min(known)) if known else None
 
 
 def _available() -> int | None:
@@ -50,13 +51,32 @@ def _available() -> int | None:
     return None
 
 
-def _cgroup_limit() -> int | None:
-    """The tightest limit on the way from this process's group to the root, v1 or v2."""
-    places = [folder / "memory.max" for folder in _group_folders("", _CGROUPS)]
-    folders = _group_folders("memory", _CGROUPS / "memory")
-    places += [folder / "memory.limit_in_bytes" for folder in folders]
-    texts = [_read(place).strip() for place in places]
-    return min((int(text) for text in texts if text.isdigit()), default=None)
+def _left_in_groups() -> list[int]:
+    """What each limited group from this process's up to the root can still get, v1 or v2."""
+    v2 = _group_folders("", _CGROUPS)
+    v1 = _group_folders("memory", _CGROUPS / "memory")
+    left = [_left_in(folder, "memory.max", "memory.current", "") for folder in v2]
+    left += [
+        _left_in(folder, "memory.limit_in_bytes", "memory.usage_in_bytes", "total_")
+        for folder in v1
+    ]
+    return [n_bytes for n_bytes in left if n_bytes is not None]
+
+
+def _left_in(folder: Path, limit_file: str, usage_file: str, prefix: str) -> int | None:
+    """Limit - usage + file pages that the system drops when memory is short; None = no limit.
+
+    Counts in memory.stat whose name has `prefix` include the groups below.
+    """
+    limit = _read(folder / limit_file).strip()
+    if not limit.isdigit():
+        return None
+    usage = _read(folder / usage_file).strip()
+    n_used = int(usage) if usage.isdigit() else 0
+    droppable = (f"{prefix}inactive_file", f"{prefix}active_file")
+    counts = (line.partition(" ") for line in _read(folder / "memory.stat").splitlines())
+    n_droppable = sum(int(count) for name, _, count in counts if name in droppable)
+    return int(limit) - max(0, n_used - n_droppable)
 
 
 def _group_folders(controller: str, root: Path) -> list[Path]:

@@ -10,17 +10,45 @@ import numpy as np
 
 @dataclass(frozen=True, slots=True)
 class RoutingPlan:
-    """Which slot computes each pair, and how the pairs were served."""
+    """Which expert computes each pair and how it is served; the counts add up to all pairs."""
 
-    slot_ids: np.ndarray  # (n_tokens, n_expert_used) int32
+    experts: np.ndarray  # (n_tokens, n_expert_used) int32
+    loads: tuple[int, ...]  # experts to read into slots
+    on_host: tuple[int, ...]  # experts to compute where they are mapped
     n_hit: int  # pairs computed by the expert that the router chose, resident
+    n_loaded: int  # pairs whose expert is read first
+    n_on_host: int  # pairs computed on the host
+    n_substituted: int = 0  # pairs computed by another expert than the router chose
+    n_dropped: int = 0  # pairs that nobody computes
+
+    @property
+    def is_all_hits(self) -> bool:
+        return not self.loads and not self.on_host
 
 
-def exact(expert_ids: np.ndarray, slot_of: np.ndarray | None) -> RoutingPlan:
+def all_resident(expert_ids: np.ndarray) -> RoutingPlan:
+    """The plan of a layer that has every expert; expert_ids (n_tokens, n_expert_used) int32."""
+    return RoutingPlan(expert_ids, (), (), expert_ids.size, 0, 0)
+
+
+def exact(
+    expert_ids: np.ndarray, slot_of: np.ndarray, on_host: frozenset[int] = frozenset()
+) -> RoutingPlan:
     """Every pair is computed by the expert that the router chose, with the router's weight.
 
-    expert_ids (n_tokens, n_expert_used) int32. slot_of (n_expert,) int32 is this layer's slot of
-    each expert, all of them resident; None when every expert has the slot of its own number.
+    expert_ids (n_tokens, n_expert_used) int32. slot_of (n_expert,) int32 is the slot of each
+    resident expert of the layer, below 0 for a missing one. Missing experts in `on_host` are
+    computed there, the others loaded.
     """
-    slot_ids = expert_ids if slot_of is None else slot_of[expert_ids]
-    return RoutingPlan(slot_ids, expert_ids.size)
+    is_hit = slot_of[expert_ids] >= 0
+    n_hit = int(np.count_nonzero(is_hit))
+    if n_hit == expert_ids.size:
+        return all_resident(expert_ids)
+    missing, counts = np.unique(expert_ids[~is_hit], return_counts=True)
+    n_of = dict(zip(missing.tolist(), counts.tolist(), strict=True))
+    host = tuple(expert for expert in n_of if expert in on_host)
+    n_on_host = sum(n_of[expert] for expert in host)
+    loads = tuple(expert for expert in n_of if expert not in on_host)
+    return RoutingPlan(
+        expert_ids, loads, host, n_hit, expert_ids.size - n_hit - n_on_host, n_on_host
+    )

@@ -113,14 +113,28 @@ def experts(
     residual: Tensor,
 ) -> Tensor:  # fmt: skip
     """residual += sum over k of weights[k] * expert in slot_ids[k]; slot_ids, weights (k, n)."""
-    n_embd, n = residual.shape[:2]
-    k = slot_ids.shape[0]
+    return sum_of_experts(g, expert_outputs(g, slabs, ffn_input, slot_ids), weights, residual)
+
+
+def expert_outputs(g: Graph, slabs: ExpertSlabs, ffn_input: Tensor, slot_ids: Tensor) -> Tensor:
+    """Each pair computed by its expert: ffn_input (n_embd, n), slot_ids (k, n) -> (n_embd, k, n).
+
+    A pair's value does not depend on the slot, but ggml may choose the kernel by how many pairs of
+    a call share one; so all pairs that an expert has in a batch belong into the same call.
+    """
+    n_embd, n = ffn_input.shape[:2]
     x = g.reshape_3d(ffn_input, n_embd, 1, n)
     up = g.mul_mat_id(slabs.ffn_up_exps, x, slot_ids)  # (n_ff_exp, k, n)
     gate = g.mul_mat_id(slabs.ffn_gate_exps, x, slot_ids)
-    down = g.mul_mat_id(slabs.ffn_down_exps, g.swiglu(gate, up), slot_ids)  # (n_embd, k, n)
-    down = g.expand(g.mul(down, g.reshape_3d(weights, 1, k, n)))
-    parts = [g.view_2d(down, n_embd, n, down.strides[2], i * down.strides[1]) for i in range(k)]
+    return g.mul_mat_id(slabs.ffn_down_exps, g.swiglu(gate, up), slot_ids)
+
+
+def sum_of_experts(g: Graph, outputs: Tensor, weights: Tensor, residual: Tensor) -> Tensor:
+    """residual += sum over k of weights[k] * outputs[k]; outputs (n_embd, k, n), weights (k, n)."""
+    n_embd, k, n = outputs.shape[:3]
+    weighted = g.expand(g.mul(outputs, g.reshape_3d(weights, 1, k, n)))
+    row, matrix = weighted.strides[1], weighted.strides[2]
+    parts = [g.view_2d(weighted, n_embd, n, matrix, i * row) for i in range(k)]
     total = parts[0]
     for part in parts[1:]:
         total = g.add(total, part)
@@ -140,7 +154,7 @@ def dense_ffn(g: Graph, config: ModelConfig, w: LayerWeights, residual: Tensor) 
 def head(g: Graph, config: ModelConfig, weights: Weights, residual: Tensor) -> Tensor:
     """residual (n_embd, n) -> logits (n_vocab, n)."""
     x = g.rms_norm(residual, weights.output_norm, config.norm_rms_eps)
-    return g.output(g.mul_mat(weights.output, x))
+    return g.mul_mat(weights.output, x)
 
 
 def _linear(g: Graph, weight: Tensor, x: Tensor, bias: Tensor | None) -> Tensor:

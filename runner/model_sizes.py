@@ -1,5 +1,6 @@
 """How large the parts of a model are and where its experts lie in the file. Reads no weights."""
 
+import re
 from dataclasses import dataclass
 
 from quant.ggml_types import GGML_TYPES_BY_NAME
@@ -18,8 +19,12 @@ class ExpertRanges:
     down: ByteRange
 
     @property
+    def parts(self) -> tuple[ByteRange, ByteRange, ByteRange]:
+        return self.gate, self.up, self.down
+
+    @property
     def n_bytes(self) -> int:
-        return self.gate.n_bytes + self.up.n_bytes + self.down.n_bytes
+        return sum(part.n_bytes for part in self.parts)
 
 
 @dataclass(frozen=True)
@@ -36,6 +41,11 @@ class ModelSizes:
     @property
     def n_bytes(self) -> int:
         return self.all_experts_bytes + self.non_expert_bytes
+
+
+def is_expert_tensor(name: str) -> bool:
+    """Whether a GGUF tensor of this name holds experts, in either layout."""
+    return re.fullmatch(r"blk\.\d+\.ffn_(gate|up|down)(_exps|\.\d+)\.weight", name) is not None
 
 
 def expert_ranges(file: GGUFFile, config: ModelConfig, layer: int, expert: int) -> ExpertRanges:

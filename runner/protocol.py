@@ -19,7 +19,7 @@ Replies, worker to client
     prompt_progress  {done: int, total: int, n_cached: int}      tokens, after every prompt batch
     text             {text: text, n_tokens: int}                 a piece of the answer
     done             {result: {GenerateResult fields}}           ends generate
-    bench_result     {n_prompt, n_gen, samples_ns: [int]}        after every test
+    bench_result     {BenchSample fields}                        after every test
     bench_done       {}                                          ends bench
     stats            {snapshot: {StatsSnapshot fields}}          ends stats
     error            {kind: class name in runner.errors, message: text}   ends any request
@@ -71,6 +71,9 @@ class ModelInfo:
     device: str
     load_s: float
     ggml_version: str
+    moe_cache_bytes: int = 0  # memory of all expert slots; 0 = experts stay in the mapped file
+    moe_cache_slots: tuple[int, ...] = ()  # per layer
+    moe_cache_policy: str = ""
     notes: tuple[str, ...] = ()  # things the user should know, each one sentence
 
 
@@ -87,6 +90,12 @@ class GenerateResult:
     n_past: int  # tokens in the context after the answer
     n_ctx: int
     seed: int
+    n_hit: int = 0  # (token, expert) pairs of prompt and answer, as `runner.stats` tells them apart
+    n_loaded: int = 0
+    n_on_host: int = 0
+    n_substituted: int = 0
+    n_dropped: int = 0
+    has_cache: bool = False  # without an expert cache every pair is a hit
 
 
 @dataclass(frozen=True)
@@ -116,11 +125,21 @@ class BenchTest:
 
 @dataclass(frozen=True)
 class BenchSample:
-    """The times of one test, one per repetition."""
+    """The times of one test, one per repetition, and what the experts took in all of these."""
 
     n_prompt: int
     n_gen: int
     samples_ns: tuple[int, ...]
+    n_hit: int = 0  # (token, expert) pairs, as the next four
+    n_loaded: int = 0
+    n_on_host: int = 0
+    n_substituted: int = 0
+    n_dropped: int = 0
+    load_bytes: int = 0  # of experts, read from the file
+
+    @property
+    def n_pairs(self) -> int:
+        return self.n_hit + self.n_loaded + self.n_on_host + self.n_substituted + self.n_dropped
 
 
 @dataclass(frozen=True)

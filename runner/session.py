@@ -142,9 +142,11 @@ class Answer:
 
     def make(self, tokens: list[int], sampler: Sampler, cancelled: Cancelled) -> GenerateResult:
         """Generate to the end; the text goes to `emit`, what it cost is returned."""
-        started = time.perf_counter()
+        engine = self._model.engine
+        started, before = time.perf_counter(), engine.snapshot()
         stop_reason = self._generate(tokens, sampler, cancelled)
         self._emit_text(self._detokenizer.flush())
+        counted = engine.snapshot().counted_since(before)
         return GenerateResult(
             stop_reason=stop_reason,
             n_prompt=len(tokens),
@@ -152,9 +154,15 @@ class Answer:
             n_generated=self._n_generated,
             prompt_s=self._prompt_end - started,
             generation_s=time.perf_counter() - self._prompt_end,
-            n_past=self._model.engine.n_past,
-            n_ctx=self._model.engine.n_ctx,
+            n_past=engine.n_past,
+            n_ctx=engine.n_ctx,
             seed=sampler.seed,
+            n_hit=sum(counted.hit),
+            n_loaded=sum(counted.loaded),
+            n_on_host=sum(counted.on_host),
+            n_substituted=sum(counted.substituted),
+            n_dropped=sum(counted.dropped),
+            has_cache=bool(counted.n_slots),
         )
 
     def _generate(self, tokens: list[int], sampler: Sampler, cancelled: Cancelled) -> str:
@@ -235,6 +243,9 @@ def _describe(path: str, model: LoadedModel, load_s: float) -> ModelInfo:
         device=engine.device_name,
         load_s=load_s,
         ggml_version=engine.ggml_version,
+        moe_cache_bytes=engine.cache_plan.n_bytes,
+        moe_cache_slots=engine.cache_plan.n_slots,
+        moe_cache_policy=engine.config.moe_cache_policy if engine.cache_plan.n_slots else "",
         notes=engine.notes + template_notes,
     )
 

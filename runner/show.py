@@ -4,9 +4,15 @@ from collections import Counter
 from dataclasses import dataclass
 
 from quant.gguf_file import GGUFFile
+from runner.byte_sizes import bytes_text, range_text
 from runner.checks.model_keys import ModelKeys
+from runner.config import EngineConfig
+from runner.engine_limits import choose_limits
+from runner.experts.cache_plan import plan_cache
+from runner.experts.other_memory import other_memory
+from runner.hardware import available_memory_bytes
 from runner.model_config import ModelConfig
-from runner.model_sizes import kv_bytes_per_token, model_sizes
+from runner.model_sizes import ModelSizes, kv_bytes_per_token, model_sizes
 
 _CACHE_TYPES = ("f16", "q8_0")
 _INDENT = "    "
@@ -28,6 +34,25 @@ class CacheSize:
     type: str  # "f16", "q8_0"
     bytes_per_token: int
     bytes_full_context: int
+
+
+@dataclass(frozen=True)
+class ExpertCache:
+    """The expert cache that a run would have on this machine, and the memory around it."""
+
+    n_slots: tuple[int, ...]  # per layer; empty = none, experts are used where the file is mapped
+    n_bytes: int  # of all slots
+    budget_bytes: int
+    resident_share: float | None  # of all experts; None without a cache
+    n_ctx: int
+    n_batch: int
+    available_bytes: int | None  # None where the system does not say
+    weights_bytes: int
+    kv_bytes: int  # of n_ctx tokens
+    compute_bytes: int
+    headroom_bytes: int
+    left_bytes: int | None  # without a cache: for the file's experts
+    notes: tuple[str, ...]
 
 
 @dataclass(frozen=True)
@@ -67,11 +92,21 @@ class ModelDescription:
     n_vocab: int
     has_chat_template: bool
     chat_template: str | None  # the whole text, when it was asked for
+    moe_cache: ExpertCache | None  # when it was asked for
     notes: tuple[str, ...]
 
 
-def describe(file: GGUFFile, config: ModelConfig, template: bool = False) -> ModelDescription:
-    """Collect what there is to say of an open model; `template` adds the chat template's text."""
+def describe(
+    file: GGUFFile,
+    config: ModelConfig,
+    template: bool = False,
+    run_config: EngineConfig | None = None,
+) -> ModelDescription:
+    """Collect what there is to say of an open model; `template` adds the chat template's text.
+
+    `run_config` adds the expert cache that a run with these settings would have; then it raises
+    OptionError as the run would.
+    """
     keys = ModelKeys(file)
     sizes = model_sizes(file, config)
     chat_template = keys.text("tokenizer.chat_template", default="")
@@ -109,6 +144,7 @@ def describe(file: GGUFFile, config: ModelConfig, template: bool = False) -> Mod
         n_vocab=config.n_vocab,
         has_chat_template=bool(chat_template),
         chat_template=chat_template if template else None,
+        moe_cache=_expert_cache(run_config, config, sizes) if run_config else None,
         notes=config.notes,
     )
 
@@ -123,6 +159,7 @@ def format_text(description: ModelDescription) -> str:
         ("Model", _model_rows(d)),
         ("Experts", _expert_rows(d)),
         ("Sizes", _size_rows(d)),
+        ("Expert cache", _cache_rows(d, d.moe_cache) if d.moe_cache else []),
         ("Tensor types", [(t.type, _type_text(t)) for t in d.tensor_types]),
         ("Tokenizer", _tokenizer_rows(d)),
     ]
@@ -131,19 +168,10 @@ def format_text(description: ModelDescription) -> str:
     blocks = [_section(title, rows) for title, rows in sections if rows]
     if d.chat_template:
         blocks.append("  Chat template\n" + _indented(d.chat_template))
-    if d.notes:
-        blocks.append("  Notes\n" + _indented("\n".join(d.notes)))
+    notes = d.notes + (d.moe_cache.notes if d.moe_cache else ())
+    if notes:
+        blocks.append("  Notes\n" + _indented("\n".join(notes)))
     return "\n\n".join(blocks)
-
-
-def bytes_text(n_bytes: int) -> str:
-    """As "26.4 GB" or "107 MB": three digits, powers of 1000."""
-    value, units = float(n_bytes), ["B", "kB", "MB", "GB", "TB"]
-    while value >= 999.5 and len(units) > 1:
-        value /= 1000
-        units.pop(0)
-    digits = 0 if value >= 100 or units[0] == "B" else 1 if value >= 10 else 2
-    return f"{value:.{digits}f} {units[0]}"
 
 
 def count_text(n: int) -> str:
@@ -157,6 +185,30 @@ def count_text(n: int) -> str:
 def _license(file: GGUFFile) -> str:
     value = file.metadata.get("general.license", "")
     return value if isinstance(value, str) else "(a long text in the file)"
+
+
+def _expert_cache(run_config: EngineConfig, config: ModelConfig, sizes: ModelSizes) -> ExpertCache:
+    available = available_memory_bytes()
+    limits = choose_limits(run_config, config)
+    shape = (limits.n_ctx, limits.n_batch, available)
+    plan = plan_cache(run_config, config, sizes, *shape)
+    other = other_memory(run_config, config, sizes, *shape)
+    n_experts = config.n_layer * config.n_expert
+    return ExpertCache(
+        n_slots=plan.n_slots,
+        n_bytes=plan.n_bytes,
+        budget_bytes=plan.budget_bytes,
+        resident_share=sum(plan.n_slots) / n_experts if plan.n_slots else None,
+        n_ctx=limits.n_ctx,
+        n_batch=limits.n_batch,
+        available_bytes=available,
+        weights_bytes=other.weights_bytes,
+        kv_bytes=other.kv_bytes,
+        compute_bytes=other.compute_bytes,
+        headroom_bytes=other.headroom_bytes,
+        left_bytes=plan.left_bytes,
+        notes=plan.notes,
+    )
 
 
 def _cache_sizes(config: ModelConfig) -> tuple[CacheSize, ...]:
@@ -220,6 +272,39 @@ def _size_rows(d: ModelDescription) -> list[tuple[str, str]]:
         text += f"{bytes_text(cache.bytes_full_context)} for {d.n_ctx_train}"
         rows.append((f"KV cache {cache.type}", text))
     return rows
+
+
+def _cache_rows(d: ModelDescription, c: ExpertCache) -> list[tuple[str, str]]:
+    rows = [("slots", _no_cache_text(d, c))]
+    if c.n_slots:
+        share = f"{c.resident_share or 0:.1%}".replace("%", " % of all experts")
+        rows = [
+            ("slots per layer", f"{range_text(c.n_slots)} of {d.n_expert}"),
+            ("all slots", f"{bytes_text(c.n_bytes)}, {share}"),
+        ]
+    return [
+        *rows,
+        ("other weights", bytes_text(c.weights_bytes)),
+        ("KV cache", f"{bytes_text(c.kv_bytes)} for {c.n_ctx} tokens"),
+        ("compute memory", f"{bytes_text(c.compute_bytes)} for batches of {c.n_batch}"),
+        ("headroom", bytes_text(c.headroom_bytes)),
+        ("memory available", _memory_text(c.available_bytes)),
+        ("left" if c.n_slots else "left for experts", _memory_text(c.left_bytes)),
+    ]
+
+
+def _no_cache_text(d: ModelDescription, c: ExpertCache) -> str:
+    if not d.n_expert:
+        return "none: the model has no experts"
+    if c.left_bytes is not None and c.left_bytes >= d.all_experts_bytes:
+        return "none: all experts fit, and are used where the file is mapped"
+    return "none: experts are used where the file is mapped"
+
+
+def _memory_text(n_bytes: int | None) -> str:
+    if n_bytes is None:
+        return "unknown"
+    return bytes_text(n_bytes) if n_bytes >= 0 else f"nothing, {bytes_text(-n_bytes)} too little"
 
 
 def _tokenizer_rows(d: ModelDescription) -> list[tuple[str, str]]:

@@ -44,12 +44,24 @@ def tokens_of(tokenizer: Tokenizer, text: str, n_tokens: int) -> list[int]:
 def measure(
     engine: Engine, test: BenchTest, tokens: list[int], repetitions: int, cancelled: Cancelled
 ) -> BenchSample:
-    """The times of one test after a warm-up run. Raises CancelledError."""
+    """The times and counts of one test after a warm-up run. Raises CancelledError."""
     _run_test(engine, BenchTest(test.n_prompt, min(test.n_gen, 1)), tokens, cancelled)  # warm-up
+    before = engine.snapshot()
     samples_ns = []
     for _ in range(repetitions):
         samples_ns.append(_run_test(engine, test, tokens, cancelled))
-    return BenchSample(test.n_prompt, test.n_gen, tuple(samples_ns))
+    counted = engine.snapshot().counted_since(before)
+    return BenchSample(
+        n_prompt=test.n_prompt,
+        n_gen=test.n_gen,
+        samples_ns=tuple(samples_ns),
+        n_hit=sum(counted.hit),
+        n_loaded=sum(counted.loaded),
+        n_on_host=sum(counted.on_host),
+        n_substituted=sum(counted.substituted),
+        n_dropped=sum(counted.dropped),
+        load_bytes=sum(counted.bytes_read),
+    )
 
 
 def _run_test(engine: Engine, test: BenchTest, tokens: list[int], cancelled: Cancelled) -> int:

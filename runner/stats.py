@@ -1,15 +1,43 @@
-"""Counters of a run and the frozen snapshot that leaves the engine. Counts nothing by itself."""
+"""Counters of a run and the frozen snapshot that leaves the engine. Counts nothing by itself.
+
+A pair is one token and one expert that the router chose for it. Each pair is counted once: hit,
+loaded, on_host, substituted or dropped.
+"""
 
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
+from threading import Lock
+from typing import TYPE_CHECKING, Any
 
-from runner.miss_policy import RoutingPlan
+if TYPE_CHECKING:  # the terminal reads snapshots, and needs no numpy for that
+    from runner.miss_policy import RoutingPlan
+
+
+@dataclass(frozen=True)
+class StatsRates:
+    """What happened between two snapshots; 0.0 where there was nothing to divide."""
+
+    prompt_tokens_per_s: float
+    generation_tokens_per_s: float
+    hit_share: float  # of the pairs, as the next four
+    loaded_share: float
+    on_host_share: float
+    substituted_share: float
+    dropped_share: float
+    compute_share: float  # of the batches' time, as the next two
+    wait_share: float
+    python_share: float
+    read_gb_per_s: float  # while reading
 
 
 @dataclass(frozen=True)
 class StatsSnapshot:
-    """Cumulative counters since the model was loaded; rates are for the reader to compute."""
+    """Cumulative counters since the model was loaded; `since` makes rates of two of them.
+
+    Tuples have one item per MoE layer; `n_slots` and `residency` are () without a cache, where
+    every pair is a hit.
+    """
 
     n_tokens_prompt: int  # tokens computed in prompt batches, cached ones not counted
     n_tokens_generated: int
@@ -18,51 +46,186 @@ class StatsSnapshot:
     prompt_s: float
     generation_s: float
     compute_s: float  # inside ggml
+    wait_s: float  # the engine waiting for reads
     python_s: float  # everything else between a batch's start and its logits
     n_routings: int  # MoE layers passed, one per layer and batch
-    hit: tuple[int, ...]  # per MoE layer: (token, expert) pairs served by the resident expert
+    hit: tuple[int, ...]  # pairs computed by the chosen expert, which was in a slot
+    loaded: tuple[int, ...]  # pairs computed by the chosen expert, read into a slot for them
+    on_host: tuple[int, ...]  # pairs computed by the chosen expert where the file is mapped
+    substituted: tuple[int, ...]  # pairs computed by another expert
+    dropped: tuple[int, ...]  # pairs computed by none
+    bytes_read: tuple[int, ...]
+    n_evicted: tuple[int, ...]
+    n_slots: tuple[int, ...]
+    residency: tuple[tuple[int, ...], ...]  # the expert in each slot, -1 in an empty one
+    read_s: float  # time of all reads together; those at the same time count each
+    prefetch_used: int  # experts read ahead that were then chosen
+    prefetch_wasted: int
     uptime_s: float
+
+    @property
+    def n_pairs(self) -> int:
+        return sum(self.pairs_per_layer)
+
+    @property
+    def pairs_per_layer(self) -> tuple[int, ...]:
+        classes = (self.hit, self.loaded, self.on_host, self.substituted, self.dropped)
+        return tuple(map(sum, zip(*classes, strict=True)))
+
+    @property
+    def hit_share(self) -> float:
+        return share(sum(self.hit), self.n_pairs)
+
+    @property
+    def loaded_share(self) -> float:
+        return share(sum(self.loaded), self.n_pairs)
+
+    @property
+    def on_host_share(self) -> float:
+        return share(sum(self.on_host), self.n_pairs)
+
+    @property
+    def substituted_share(self) -> float:
+        return share(sum(self.substituted), self.n_pairs)
+
+    @property
+    def dropped_share(self) -> float:
+        return share(sum(self.dropped), self.n_pairs)
+
+    @property
+    def read_gb_per_s(self) -> float:
+        """Speed of the reads while they ran, in 10^9 bytes."""
+        return share(sum(self.bytes_read) / 1e9, self.read_s)
+
+    def counted_since(self, earlier: "StatsSnapshot") -> "StatsSnapshot":
+        """This snapshot with what was counted up to `earlier` taken away."""
+        return replace(self, **{name: _minus(self, earlier, name) for name in _COUNTERS})
+
+    def since(self, earlier: "StatsSnapshot") -> StatsRates:
+        """The rates of the time between `earlier` and this snapshot."""
+        spent = self.counted_since(earlier)
+        batches_s = spent.prompt_s + spent.generation_s
+        return StatsRates(
+            prompt_tokens_per_s=share(spent.n_tokens_prompt, spent.prompt_s),
+            generation_tokens_per_s=share(spent.n_tokens_generated, spent.generation_s),
+            hit_share=spent.hit_share,
+            loaded_share=spent.loaded_share,
+            on_host_share=spent.on_host_share,
+            substituted_share=spent.substituted_share,
+            dropped_share=spent.dropped_share,
+            compute_share=share(spent.compute_s, batches_s),
+            wait_share=share(spent.wait_s, batches_s),
+            python_share=share(spent.python_s, batches_s),
+            read_gb_per_s=spent.read_gb_per_s,
+        )
 
 
 class StatsRecorder:
     """Written by the engine's thread only; any thread may take a snapshot."""
 
-    def __init__(self, n_layer: int) -> None:
+    def __init__(self, n_layer: int, n_slots: tuple[int, ...] = ()) -> None:
+        """n_slots: of each layer's cache; () without a cache."""
         self._started = time.monotonic()
+        self._lock = Lock()
+        self._n_slots = n_slots
         self._hit = [0] * n_layer
+        self._loaded = [0] * n_layer
+        self._on_host = [0] * n_layer
+        self._substituted = [0] * n_layer
+        self._dropped = [0] * n_layer
+        self._bytes_read = [0] * n_layer
         self._n_routings = 0
         self._n_tokens = {True: 0, False: 0}
         self._batch_ns = {True: 0, False: 0}
         self._compute_ns = 0
+        self._wait_ns = 0
+        self._read_ns = 0
+        self._n_prefetch_used = 0
+        self._n_prefetch_wasted = 0
 
     def record_batch(
         self,
         n_tokens: int,
-        plans: Sequence[RoutingPlan],
+        plans: "Sequence[RoutingPlan]",
         total_ns: int,
         compute_ns: int,
+        wait_ns: int,
         is_prompt: bool,
     ) -> None:
         """Count one finished batch, from its tokens to its logits; plans in the layers' order."""
-        for layer, plan in enumerate(plans):
-            self._hit[layer] += plan.n_hit
-        self._n_routings += len(plans)
-        self._n_tokens[is_prompt] += n_tokens
-        self._batch_ns[is_prompt] += total_ns
-        self._compute_ns += compute_ns
+        with self._lock:
+            for layer, plan in enumerate(plans):
+                self._hit[layer] += plan.n_hit
+                self._loaded[layer] += plan.n_loaded
+                self._on_host[layer] += plan.n_on_host
+                self._substituted[layer] += plan.n_substituted
+                self._dropped[layer] += plan.n_dropped
+            self._n_routings += len(plans)
+            self._n_tokens[is_prompt] += n_tokens
+            self._batch_ns[is_prompt] += total_ns
+            self._compute_ns += compute_ns
+            self._wait_ns += wait_ns
 
-    def snapshot(self, n_past: int, n_ctx: int) -> StatsSnapshot:
-        total_ns = self._batch_ns[True] + self._batch_ns[False]
-        return StatsSnapshot(
-            n_tokens_prompt=self._n_tokens[True],
-            n_tokens_generated=self._n_tokens[False],
-            n_past=n_past,
-            n_ctx=n_ctx,
-            prompt_s=self._batch_ns[True] / 1e9,
-            generation_s=self._batch_ns[False] / 1e9,
-            compute_s=self._compute_ns / 1e9,
-            python_s=max(0, total_ns - self._compute_ns) / 1e9,
-            n_routings=self._n_routings,
-            hit=tuple(self._hit),
-            uptime_s=time.monotonic() - self._started,
-        )
+    def record_read(self, layer: int, n_bytes: int, duration_ns: int) -> None:
+        """Count one finished read of an expert; `layer` counts the MoE layers, from 0."""
+        with self._lock:
+            self._bytes_read[layer] += n_bytes
+            self._read_ns += duration_ns
+
+    def record_prefetch(self, n_used: int, n_wasted: int) -> None:
+        """Count experts read ahead: those that were then chosen, and the others."""
+        with self._lock:
+            self._n_prefetch_used += n_used
+            self._n_prefetch_wasted += n_wasted
+
+    def snapshot(
+        self,
+        n_past: int,
+        n_ctx: int,
+        residency: tuple[tuple[int, ...], ...] = (),
+        n_evicted: tuple[int, ...] = (),
+    ) -> StatsSnapshot:
+        """The counters now: always of whole batches."""
+        with self._lock:
+            total_ns = self._batch_ns[True] + self._batch_ns[False]
+            return StatsSnapshot(
+                n_tokens_prompt=self._n_tokens[True],
+                n_tokens_generated=self._n_tokens[False],
+                n_past=n_past,
+                n_ctx=n_ctx,
+                prompt_s=self._batch_ns[True] / 1e9,
+                generation_s=self._batch_ns[False] / 1e9,
+                compute_s=self._compute_ns / 1e9,
+                wait_s=self._wait_ns / 1e9,
+                python_s=max(0, total_ns - self._compute_ns - self._wait_ns) / 1e9,
+                n_routings=self._n_routings,
+                hit=tuple(self._hit),
+                loaded=tuple(self._loaded),
+                on_host=tuple(self._on_host),
+                substituted=tuple(self._substituted),
+                dropped=tuple(self._dropped),
+                bytes_read=tuple(self._bytes_read),
+                n_evicted=n_evicted or (0,) * len(self._hit),
+                n_slots=self._n_slots,
+                residency=residency,
+                read_s=self._read_ns / 1e9,
+                prefetch_used=self._n_prefetch_used,
+                prefetch_wasted=self._n_prefetch_wasted,
+                uptime_s=time.monotonic() - self._started,
+            )
+
+
+def share(part: float, whole: float) -> float:
+    """part / whole; of nothing 0.0."""
+    return part / whole if whole else 0.0
+
+
+_STATES = ("n_past", "n_ctx", "n_slots", "residency")  # as they are now, not counted
+_COUNTERS = tuple(field.name for field in fields(StatsSnapshot) if field.name not in _STATES)
+
+
+def _minus(now: StatsSnapshot, earlier: StatsSnapshot, name: str) -> Any:
+    after, before = getattr(now, name), getattr(earlier, name)
+    if isinstance(after, tuple):
+        return tuple(a - b for a, b in zip(after, before, strict=True))
+    return after - before

@@ -35,7 +35,7 @@ class LayerWeights:
     attn_output_bias: Tensor | None
     ffn_norm: Tensor
     ffn_gate_inp: Tensor | None  # the router; None in a dense layer
-    experts: ExpertSlabs | None
+    experts: ExpertSlabs | None  # None in a dense layer, and where they were left out
     ffn_gate: Tensor | None  # these three in a dense layer only
     ffn_up: Tensor | None
     ffn_down: Tensor | None
@@ -47,9 +47,14 @@ class LayerWeights:
 class Weights:
     """All weights of a model on one backend; `file` must stay open until `close`."""
 
-    def __init__(self, file: GGUFFile, config: ModelConfig, backend: Backend, n_ctx: int) -> None:
+    def __init__(
+        self, file: GGUFFile, config: ModelConfig, backend: Backend, n_ctx: int,
+        copies_experts: bool = True,
+    ) -> None:  # fmt: skip
+        """copies_experts: experts that cannot be used in place are copied; else left out."""
         self._file = file
         self._backend = backend
+        self._copies_experts = copies_experts
         self._n_copied_bytes = 0
         with ExitStack() as owned:
             self._owned = owned
@@ -96,11 +101,13 @@ class Weights:
             **biases,
         )
 
-    def _experts(self, config: ModelConfig, layer: int) -> ExpertSlabs:
-        slabs = [self._slab(config, layer, part) for part in ("gate", "up", "down")]
-        return ExpertSlabs(*slabs)
+    def _experts(self, config: ModelConfig, layer: int) -> ExpertSlabs | None:
+        gate, up, down = (self._slab(config, layer, part) for part in ("gate", "up", "down"))
+        if gate is None or up is None or down is None:
+            return None
+        return ExpertSlabs(gate, up, down)
 
-    def _slab(self, config: ModelConfig, layer: int, part: str) -> Tensor:
+    def _slab(self, config: ModelConfig, layer: int, part: str) -> Tensor | None:
         merged = self._optional(f"blk.{layer}.ffn_{part}_exps.weight")
         if merged is not None:
             return merged
@@ -110,7 +117,7 @@ class Weights:
         ]
         stride = _even_stride(infos)
         if stride is None:
-            return self._copied_slab(infos)
+            return self._copied_slab(infos) if self._copies_experts else None
         slab = self._context.tensor(infos[0].type.id, *infos[0].shape, len(infos))
         slab.set_slice_stride(stride)
         self._mappings[infos[0].shard].place(slab, infos[0].offset)

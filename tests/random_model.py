@@ -91,7 +91,7 @@ def _write_weights(w: gguf.GGUFWriter, m: RandomModel) -> None:
 
     def matrix(name: str, *shape: int, type: T | None = None) -> None:
         values = rng.standard_normal(shape, np.float32) / np.sqrt(shape[-1])
-        _add(w, name, values * 1.5, type or m.type)
+        _add(w, name, values * 1.5, m.type if type is None else type)  # F32 is 0
 
     def vector(name: str, n: int) -> None:
         w.add_tensor(name, 1 + 0.1 * rng.standard_normal(n, np.float32))
@@ -158,7 +158,7 @@ def write_big_mixtral(
     write_vocabulary(w, m)
 
     def matrix(name: str, *shape: int, type: T | None = None) -> None:
-        kind = type or T.Q4_K
+        kind = T.Q4_K if type is None else type  # F32 is 0
         if kind == T.F32:
             w.add_tensor(name, rng.standard_normal(shape, np.float32) * 0.02)
         else:

@@ -8,8 +8,11 @@ from enum import Enum
 from pathlib import Path
 from typing import Any
 
+from runner import protocol
 from runner.errors import BuddyrunError, OptionError
 from runner.protocol import GenerateResult, ModelInfo
+from runner.stats import StatsSnapshot
+from runner.terminal.cache_text import cache_text
 from runner.terminal.chat_file import load_chat, read_text_file, save_chat
 from runner.terminal.chat_input import without_quotes
 from runner.terminal.chat_view import ChatView, count, model_line
@@ -39,7 +42,7 @@ class Command:
 COMMANDS = (
     Command("/?", "/?", "this list; also /help"),
     Command("/set", "/set NAME VALUE", "change a setting; /set alone lists them"),
-    Command("/show", "/show WHAT", "info, parameters, system, template, context or stats"),
+    Command("/show", "/show WHAT", "info, parameters, system, template, context, stats or cache"),
     Command("/system", "/system [TEXT]", 'show or change the system prompt; "" removes it'),
     Command("/regen", "/regen", "answer the last message again"),
     Command("/read", "/read FILE", "add a file's text to the next message", takes_file=True),
@@ -49,7 +52,7 @@ COMMANDS = (
     Command("/bye", "/bye", "leave; also /exit, /quit, Ctrl-D"),
 )
 ALIASES = {"/help": "/?", "/exit": "/bye", "/quit": "/bye"}
-SHOW_TOPICS = ("info", "parameters", "system", "template", "context", "stats")
+SHOW_TOPICS = ("info", "parameters", "system", "template", "context", "stats", "cache")
 SWITCHES = ("verbose", "think", "nothink", "history", "nohistory", "system")
 
 _KEYS_HELP = '''\
@@ -230,6 +233,9 @@ class ChatCommands:
                 text = self._context()
             case "stats":
                 text = json.dumps(self._state.stats(), indent=1, ensure_ascii=False)
+            case "cache":
+                snapshot = protocol.parse(StatsSnapshot, self._state.stats())
+                text = cache_text(self._state.info, snapshot)
             case _:
                 text = self._info()
         self._view.say(text)

@@ -8,6 +8,7 @@ nothing else: it is data for the next program; remarks go to stderr.
 from collections.abc import Sequence
 from typing import TextIO
 
+from runner.byte_sizes import bytes_text, range_text
 from runner.protocol import GenerateResult, ModelInfo, PromptProgress
 from runner.terminal.status_line import StatusLine
 from runner.terminal.terminal_text import visible, visible_line
@@ -40,6 +41,8 @@ class ChatView:
         )
         threads = "1 thread" if info.n_threads == 1 else f"{info.n_threads} threads"
         self._print(f"device   {visible_line(info.device)}, {threads}")
+        if info.moe_cache_slots:
+            self._print(f"experts  {experts_line(info)}")
         for note in info.notes:
             self._print(self._styled(f"note     {visible_line(note)}", _YELLOW))
         self._print(self._styled("/? for help, Ctrl-C stops an answer, /bye leaves", _DIM))
@@ -179,23 +182,38 @@ def model_line(info: ModelInfo) -> str:
     )
 
 
+def experts_line(info: ModelInfo) -> str:
+    """How many experts are in memory, and which leaves when another is needed."""
+    n_slots = info.moe_cache_slots
+    text = f"{range_text(n_slots)} of {info.n_expert} per layer in memory"
+    text += f" ({bytes_text(info.moe_cache_bytes)})"
+    if min(n_slots) < info.n_expert:
+        text += f", {info.moe_cache_policy}, the rest from the file"
+    return text
+
+
 def summary(result: GenerateResult) -> str:
     """The one line after an answer."""
     # A prompt that was stopped half-way has no speed: how much of it was read is not known.
     is_read = result.n_generated > 0 or result.stop_reason != "cancelled"
     prompt = _rate(result.n_prompt - result.n_cached if is_read else 0, result.prompt_s)
     generation = _rate(result.n_generated, result.generation_s)
-    ends = {"length": " | stopped at -n", "cancelled": " | stopped"}
-    return (
-        f"[ Prompt: {prompt} t/s | Generation: {generation} t/s"
-        f" | ctx {tokens(result.n_past)}/{tokens(result.n_ctx)}{ends.get(result.stop_reason, '')} ]"
-    )
+    parts = [
+        f"Prompt: {prompt} t/s",
+        f"Generation: {generation} t/s",
+        *_pair_shares(result),
+        f"ctx {tokens(result.n_past)}/{tokens(result.n_ctx)}",
+    ]
+    ends = {"length": "stopped at -n", "cancelled": "stopped"}
+    if result.stop_reason in ends:
+        parts.append(ends[result.stop_reason])
+    return f"[ {' | '.join(parts)} ]"
 
 
 def eight_labels(result: GenerateResult, total_s: float, load_s: float) -> Sequence[str]:
     """The timings of an answer under the labels that Ollama prints."""
     n_computed = result.n_prompt - result.n_cached
-    rows = (
+    rows = [
         ("total duration", _duration(total_s)),
         ("load duration", _duration(load_s)),
         ("prompt eval count", f"{n_computed} token(s)"),
@@ -208,7 +226,9 @@ def eight_labels(result: GenerateResult, total_s: float, load_s: float) -> Seque
         ("context", f"{result.n_past} of {result.n_ctx} tokens"),
         ("seed", str(result.seed)),
         ("stopped by", result.stop_reason),
-    )
+    ]
+    if result.has_cache:
+        rows.append(("experts", ", ".join(_pair_shares(result))))
     return [f"{label + ':':<22}{value}" for label, value in rows]
 
 
@@ -228,6 +248,26 @@ def size(n_bytes: int) -> str:
 def count(n: int) -> str:
     """A number of parameters: 28.9 M, 46.7 B."""
     return f"{n / 1e6:.1f} M" if n < 10**9 else f"{n / 1e9:.1f} B"
+
+
+def percent(part: float, whole: float) -> str:
+    """A share with one decimal, 87.4 %; of nothing a dash."""
+    return f"{100 * part / whole:.1f} %" if whole else "-"
+
+
+def _pair_shares(result: GenerateResult) -> list[str]:
+    """How the experts were served, "hit 87.4 %" first; nothing without a cache."""
+    if not result.has_cache:
+        return []
+    counts = {
+        "hit": result.n_hit,
+        "load": result.n_loaded,
+        "host": result.n_on_host,
+        "substituted": result.n_substituted,
+        "dropped": result.n_dropped,
+    }
+    n_pairs = sum(counts.values())
+    return [f"{name} {percent(n, n_pairs)}" for name, n in counts.items() if n or name == "hit"]
 
 
 def _rate(n: int, seconds: float) -> str:

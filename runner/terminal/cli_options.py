@@ -102,19 +102,7 @@ PROMPT_FLAGS = (
     flag("--chat-template-file", "chat_template_file", help="The same from a file.", type=FILE),
 )
 
-THREAD_FLAGS = (
-    flag(
-        *("-t", "--threads", "n_threads"),
-        help="Threads for generation; 0 = one per core.",
-        type=click.IntRange(0, MAX_THREADS),
-        default=EngineConfig.n_threads,
-    ),
-    flag(
-        *("-tb", "--threads-batch", "n_threads_batch"),
-        help="Threads for prompts; 0 = as for generation.",
-        type=click.IntRange(0, MAX_THREADS),
-        default=EngineConfig.n_threads_batch,
-    ),
+BATCH_FLAGS = (
     flag(
         *("-b", "--batch-size", "n_batch"),
         help="Most tokens of a prompt computed at once.",
@@ -135,13 +123,31 @@ THREAD_FLAGS = (
     ),
 )
 
-CONTEXT_FLAGS = (
+THREAD_FLAGS = (
     flag(
-        *("-c", "--ctx-size", "n_ctx"),
-        help=f"Context in tokens; 0 = the model's, at most {DEFAULT_MAX_CTX}.",
-        type=click.IntRange(0, MAX_CTX),
-        default=EngineConfig.n_ctx,
+        *("-t", "--threads", "n_threads"),
+        help="Threads for generation; 0 = one per core.",
+        type=click.IntRange(0, MAX_THREADS),
+        default=EngineConfig.n_threads,
     ),
+    flag(
+        *("-tb", "--threads-batch", "n_threads_batch"),
+        help="Threads for prompts; 0 = as for generation.",
+        type=click.IntRange(0, MAX_THREADS),
+        default=EngineConfig.n_threads_batch,
+    ),
+    *BATCH_FLAGS,
+)
+
+CTX_SIZE_FLAG = flag(
+    *("-c", "--ctx-size", "n_ctx"),
+    help=f"Context in tokens; 0 = the model's, at most {DEFAULT_MAX_CTX}.",
+    type=click.IntRange(0, MAX_CTX),
+    default=EngineConfig.n_ctx,
+)
+
+CONTEXT_FLAGS = (
+    CTX_SIZE_FLAG,
     switch(
         *("--context-shift/--no-context-shift", "context_shift"),
         help="When the context is full forget its oldest half instead of stopping.",

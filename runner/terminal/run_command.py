@@ -9,7 +9,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from runner.config import GenerateRequest
+from runner.config import EngineConfig, GenerateRequest
 from runner.errors import InternalError, OptionError, WorkerDiedError
 from runner.protocol import ModelInfo
 from runner.terminal import cli_options as options
@@ -49,15 +49,17 @@ def run_model(
         _answer_once(path, params, prompt.text, view)
 
 
-def show_model(model: str, as_json: bool, with_template: bool) -> None:
-    """Print what a model is. Raises BuddyrunError."""
+def show_model(
+    model: str, as_json: bool, with_template: bool, run_config: EngineConfig | None
+) -> None:
+    """Print what a model is, and its expert cache for `run_config`. Raises BuddyrunError."""
     from quant.gguf_file import GGUFFile
     from runner.checks.read_model import read_model
     from runner.show import describe, format_text
 
     path = find_model(model, [])
     with GGUFFile.open(path) as file:
-        description = describe(file, read_model(file), template=with_template)
+        description = describe(file, read_model(file), with_template, run_config)
     if as_json:
         print(json.dumps(asdict(description), indent=2))
     else:

@@ -44,6 +44,7 @@ class FakeClient:
         self.requests: list[GenerateRequest] = []
         self.n_cancels = 0
         self.n_restarts = 0
+        self.snapshot: dict[str, Any] = {"n_past": 7, "hit": [1, 2]}
 
     log = "the last words of the engine"
 
@@ -80,7 +81,7 @@ class FakeClient:
         return cast(ModelInfo, outcome)
 
     def stats(self) -> dict[str, Any]:
-        return {"n_past": 7, "hit": [1, 2]}
+        return self.snapshot
 
 
 class FakeReader:

@@ -73,7 +73,7 @@ class FakeSession:
     def bench(self, tests, repetitions, text, emit, cancelled):
         for test in tests:
             samples = tuple(len(text) + number for number in range(repetitions))
-            emit(BenchSample(test.n_prompt, test.n_gen, samples))
+            emit(BenchSample(test.n_prompt, test.n_gen, samples, n_loaded=3, load_bytes=9))
 
     def snapshot(self):
         if not self.path:

@@ -3,14 +3,20 @@
 import csv
 import io
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
+from typing import Any, cast
 
+import numpy as np
 import pytest
 
 from runner.bench import BenchRecord, BenchSetting, format_records, label_of_test, records
 from runner.errors import WorkerDiedError
-from runner.protocol import BenchSample
+from runner.miss_policy import RoutingPlan
+from runner.protocol import BenchSample, BenchTest, ModelInfo
+from runner.speed_test import measure
+from runner.stats import StatsRecorder, StatsSnapshot
 from runner.terminal.bench_command import bench_text
 from tests.paths import DEMO
 from tests.runner.chat_fakes import INFO
@@ -21,6 +27,25 @@ SECOND = 10**9
 SAMPLES = [
     BenchSample(512, 0, (SECOND, 2 * SECOND)),
     BenchSample(0, 128, (2 * SECOND, 2 * SECOND)),
+]
+CACHE_SAMPLES = [
+    BenchSample(
+        512, 0, (SECOND, SECOND), n_hit=70, n_loaded=10, n_on_host=8, n_substituted=7, n_dropped=5,
+        load_bytes=5000,
+    ),
+    BenchSample(0, 128, (SECOND,)),
+]  # fmt: skip
+CACHE_INFO = replace(
+    INFO, moe_cache_bytes=900, moe_cache_slots=(4, 3, 4), moe_cache_policy="static"
+)
+CACHE_FIELDS = [
+    "moe_cache_bytes",
+    "moe_cache_slots",
+    "moe_cache_policy",
+    "hit_rate",
+    "load_rate",
+    "host_rate",
+    "load_bytes",
 ]
 LLAMA_BENCH_FIELDS = [
     "cpu_info",
@@ -55,8 +80,8 @@ def model(tmp_path: Path) -> str:
     return str(path)
 
 
-def lines(form: str, samples: list[BenchSample] = SAMPLES) -> list[str]:
-    setting = BenchSetting(INFO, "a text", "1.2.3", lambda: "2026-01-02T03:04:05Z")
+def lines(form: str, samples: list[BenchSample] = SAMPLES, info: ModelInfo = INFO) -> list[str]:
+    setting = BenchSetting(info, "a text", "1.2.3", lambda: "2026-01-02T03:04:05Z")
     return list(format_records(records(samples, setting), form))
 
 
@@ -79,6 +104,65 @@ def test_json_has_llama_benchs_fields_and_figures() -> None:
     assert first["samples_ts"] == [512.0, 256.0]
     assert first["test_time"] == "2026-01-02T03:04:05Z"
     assert (second["n_gen"], second["stddev_ts"], second["prompt_source"]) == (128, 0, "a text")
+
+
+def test_a_cache_has_a_column_and_its_hits_another() -> None:
+    printed = [[cell.strip() for cell in line.strip("|").split("|")]
+               for line in lines("md", CACHE_SAMPLES, CACHE_INFO)]  # fmt: skip
+    assert printed[0][4:] == ["threads", "cache", "test", "t/s", "hit"]
+    assert printed[2][4:] == ["2", "3 static", "pp512", "512.00 ± 0.00", "70.0 %"]
+    assert printed[3][-1] == "0.0 %"
+    assert len({len(line) for line in lines("md", CACHE_SAMPLES, CACHE_INFO)[:4]}) == 1
+
+
+def test_json_says_what_the_cache_did() -> None:
+    first, second = json.loads("\n".join(lines("json", CACHE_SAMPLES, CACHE_INFO)))
+    assert list(first)[-7:] == CACHE_FIELDS
+    assert [first[name] for name in CACHE_FIELDS] == [900, 3, "static", 0.7, 0.1, 0.08, 5000]
+    assert [second[name] for name in CACHE_FIELDS[3:]] == [0.0, 0.0, 0.0, 0]
+
+
+def test_without_a_cache_the_fields_are_there_and_the_columns_are_not() -> None:
+    found = json.loads(lines("jsonl", [BenchSample(8, 0, (SECOND,), n_hit=32)])[0])
+    assert [found[name] for name in CACHE_FIELDS] == [0, 0, "", 1.0, 0.0, 0.0, 0]
+    assert next(csv.DictReader(io.StringIO("\n".join(lines("csv")))))["moe_cache_slots"] == "0"
+    assert "cache" not in lines("md")[0] and "hit" not in lines("md")[0]
+
+
+class CountingEngine:
+    """Two layers; of the four experts of a token two are hits, one is loaded, one on the host."""
+
+    def __init__(self) -> None:
+        self._recorder = StatsRecorder(2, (1, 1))
+
+    def reset(self) -> None:
+        pass
+
+    def prefill(self, tokens: list[int], cancelled: Callable[[], bool]) -> None:
+        self._run(len(tokens))
+
+    def decode(self, token: int) -> None:
+        self._run(1)
+
+    def snapshot(self) -> StatsSnapshot:
+        return self._recorder.snapshot(0, 64)
+
+    def _run(self, n: int) -> None:
+        experts = np.zeros((n, 4), np.int32)
+        plan = RoutingPlan(experts, (), (), 2 * n, n, n)
+        self._recorder.record_batch(n, (plan, plan), 1, 1, 0, False)
+        self._recorder.record_read(1, 100 * n, 1)
+
+
+def test_what_the_experts_took_is_that_of_the_timed_runs_without_the_warm_up() -> None:
+    engine = cast(Any, CountingEngine())
+    sample = measure(engine, BenchTest(5, 2), list(range(7)), 3, lambda: False)
+    n_tokens = 3 * (5 + 2)
+    assert (sample.n_hit, sample.n_loaded, sample.n_on_host) == tuple(
+        n_tokens * 2 * each for each in (2, 1, 1)
+    )
+    assert (sample.n_substituted, sample.n_dropped) == (0, 0)
+    assert (sample.load_bytes, sample.n_pairs) == (100 * n_tokens, 4 * 2 * n_tokens)
 
 
 def test_jsonl_has_one_object_a_line() -> None:

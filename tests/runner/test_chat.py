@@ -28,6 +28,34 @@ def test_an_answer_streams_and_ends_with_speeds_and_context_use() -> None:
     assert chat.contents == ["hi", "Hello."]
 
 
+def test_the_last_line_says_how_the_experts_were_served() -> None:
+    served = replace(result(), has_cache=True, n_hit=874, n_loaded=105, n_on_host=21)
+    chat = ScriptedChat(["hi"], [["ok", served]])
+    shares = "hit 87.4 % | load 10.5 % | host 2.1 %"
+    last = f"[ Prompt: 41.2 t/s | Generation: 9.8 t/s | {shares} | ctx 1.2k/8k ]"
+    assert chat.run() == f"ok\n{last}\n"
+
+
+@pytest.mark.parametrize(
+    ("counts", "expected"),
+    [((8, 0, 0, 0, 0), "hit 100.0 %"),
+     ((0, 3, 0, 0, 1), "hit 0.0 % | load 75.0 % | dropped 25.0 %"),
+     ((1, 0, 0, 2, 0), "hit 33.3 % | substituted 66.7 %"),
+     ((0, 0, 0, 0, 0), "hit -")],
+)  # fmt: skip
+def test_classes_without_a_pair_are_left_out_but_for_hits(
+    counts: tuple[int, int, int, int, int], expected: str
+) -> None:
+    names = ("n_hit", "n_loaded", "n_on_host", "n_substituted", "n_dropped")
+    served = replace(result(), has_cache=True, **dict(zip(names, counts, strict=True)))
+    assert f" t/s | {expected} | ctx " in ScriptedChat(["hi"], [["ok", served]]).run()
+
+
+def test_without_a_cache_the_last_line_has_no_hits() -> None:
+    served = replace(result(), n_hit=8)
+    assert "hit" not in ScriptedChat(["?"], [["ok", served]]).run()
+
+
 def test_every_turn_sends_the_whole_conversation_and_the_settings() -> None:
     settings = ChatSettings(SamplingConfig(seed=3), n_predict=9, system_prompt="Be brief.")
     chat = ScriptedChat(["one", "two"], [["1"], ["2"]], settings=settings)
@@ -238,6 +266,14 @@ def test_verbose_prints_the_eight_labels() -> None:
     positions = [printed.find("\n" + label) for label in labels]
     assert -1 not in positions and positions == sorted(positions)
     assert "prompt eval count:    412 token(s)" in printed
+
+
+def test_verbose_says_how_the_experts_were_served() -> None:
+    served = replace(result(), has_cache=True, n_hit=3, n_on_host=1)
+    verbose = ChatSettings(verbose=True)
+    printed = ScriptedChat(["hi"], [["ok", served]], settings=verbose).run()
+    assert "\nexperts:              hit 75.0 %, host 25.0 %\n" in printed
+    assert "experts:" not in ScriptedChat(["hi"], [["ok"]], settings=verbose).run()
 
 
 def test_speeds_of_nothing_are_dashes() -> None:

@@ -2,13 +2,14 @@
 
 import io
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 from unittest import mock
 
 import pytest
 
-from runner.config import GenerateRequest
+from runner.config import MOE_CACHE_AUTO, MOE_CACHE_OFF, EngineConfig, GenerateRequest
 from runner.protocol import ModelInfo
 from runner.terminal.chat_view import ChatView
 from tests.paths import DEMO
@@ -163,7 +164,9 @@ def test_a_bug_shows_no_traceback_unless_asked(tmp_path: Path) -> None:
     "arguments",
     [["-c", "-1"], ["-c", "x"], ["-b", "0"], ["-t", "-2"], ["-ctk", "f32"], ["--temp", "nan"],
      ["--temp", "-1"], ["--top-p", "1.1"], ["-s", "-2"], ["-n", "-2"], ["--mirostat", "3"],
-     ["--repeat-penalty", "0"], ["--nonsense"], ["-c"], ["--keep", "99999999999"]],
+     ["--repeat-penalty", "0"], ["--nonsense"], ["-c"], ["--keep", "99999999999"],
+     ["--moe-cache", "6X"], ["--moe-cache", "-1"], ["--moe-cache", "9999999G"],
+     ["--moe-cache-slots", "-1"], ["--moe-cache-policy", "fifo"], ["--moe-miss", "drop"]],
 )  # fmt: skip
 def test_a_wrong_flag_is_a_usage_error(arguments: list[str], model: str) -> None:
     done = buddyrun(model, "-p", "hi", *arguments)
@@ -313,6 +316,58 @@ def test_the_loading_bar_needs_only_stderr_to_be_a_terminal() -> None:
     view = ChatView(io.StringIO(), err, is_terminal=False, has_color=False)
     view.status.show_progress("reading weights", 1, 2)
     assert "reading weights" in err.getvalue()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "twins", "expected"),
+    [
+        ([], {}, EngineConfig()),
+        (["--moe-cache", "auto"], {}, EngineConfig(moe_cache_bytes=MOE_CACHE_AUTO)),
+        (["--moe-cache", "OFF"], {}, EngineConfig(moe_cache_bytes=MOE_CACHE_OFF)),
+        (["--moe-cache", "1.5GB"], {}, EngineConfig(moe_cache_bytes=1_500_000_000)),
+        (["--moe-cache", "6144"], {}, EngineConfig(moe_cache_bytes=6 << 30)),
+        (
+            ["--moe-cache-slots", "3", "--moe-cache-policy", "lfu", "--moe-miss", "host"],
+            {"BUDDYRUN_MOE_CACHE": "6GiB", "BUDDYRUN_MOE_MISS": "load"},
+            EngineConfig(
+                moe_cache_bytes=6 << 30,
+                moe_cache_slots=3,
+                moe_cache_policy="lfu",
+                moe_miss="host",
+            ),
+        ),
+        (
+            [],
+            {"BUDDYRUN_MOE_CACHE_SLOTS": "2", "BUDDYRUN_MOE_CACHE_POLICY": "static"},
+            EngineConfig(moe_cache_slots=2, moe_cache_policy="static"),
+        ),
+    ],
+)
+@pytest.mark.parametrize("command", [["run", "-p", "hi"], ["demo", "-p", "hi"], ["bench"]])
+def test_flags_about_experts_and_their_twins_reach_the_engine(
+    command: list[str], arguments: list[str], twins: dict[str, str], expected: EngineConfig
+) -> None:
+    seen: list[EngineConfig] = []
+
+    class Watched(ScriptedClient):
+        def load(self, path: object, config: Any, template: Any, on_progress: Any) -> ModelInfo:
+            seen.append(config)
+            return super().load(path, config, template, on_progress)
+
+    model = [] if command[0] == "demo" else ["-m", str(DEMO)]
+    with mock.patch.object(command_line, "ScriptedClient", Watched):
+        done = buddyrun(*command, *model, *arguments, BUDDYRUN_THREADS="0", **twins)
+    assert done.returncode == 0, done.stderr
+    assert replace(seen[0], n_ctx=0) == expected
+
+
+def test_help_has_a_section_on_experts_that_explains_sizes() -> None:
+    text = buddyrun("run", "--help").stdout.decode()
+    section = " ".join(text.split("\nExperts:\n")[1].split("\n\n")[0].split())
+    assert "--moe-cache auto|off|SIZE" in section
+    assert "K, M and G are powers of 1024, KB, MB and GB of 1000, a bare number is MiB" in section
+    for flag in ("--moe-cache-slots", "--moe-cache-policy [lru|lfu|static]", "--moe-miss"):
+        assert flag in section
 
 
 def test_show_prints_sizes_as_text_and_as_json() -> None:

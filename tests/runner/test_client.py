@@ -106,7 +106,8 @@ def test_messages_of_any_text_reach_the_worker_unchanged(loaded):
 
 def test_bench_yields_one_sample_per_test(loaded):
     samples = list(loaded.bench([BenchTest(8, 0), BenchTest(0, 4)], 2, "text"))
-    assert samples == [BenchSample(8, 0, (4, 5)), BenchSample(0, 4, (4, 5))]
+    counts = {"n_loaded": 3, "load_bytes": 9}
+    assert samples == [BenchSample(8, 0, (4, 5), **counts), BenchSample(0, 4, (4, 5), **counts)]
 
 
 def test_stats_are_answered_while_an_answer_is_made(loaded):

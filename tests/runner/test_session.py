@@ -6,6 +6,7 @@ from runner.config import EngineConfig, GenerateRequest, SamplingConfig
 from runner.errors import CancelledError, ContextFullError, GGUFError, OptionError, TemplateError
 from runner.protocol import BenchTest, PromptProgress, TextPiece
 from runner.session import Session
+from runner.stats import StatsRecorder
 from tests.paths import DEMO
 
 GREEDY = SamplingConfig(temperature=0)
@@ -261,6 +262,9 @@ class RecordingEngine:
 
     def __init__(self):
         self.calls = []
+
+    def snapshot(self):
+        return StatsRecorder(1).snapshot(0, self.n_ctx)
 
     def reset(self):
         self.calls.append("reset")

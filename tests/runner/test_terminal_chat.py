@@ -159,7 +159,7 @@ def test_a_chosen_completion_is_taken_by_enter_and_sent_by_the_next(tmp_path: Pa
         pane.wait_for_prompt(1)
         pane.type("/show ", "Tab")
         pane.wait_for("parameters")
-        pane.press("Tab")
+        pane.press("Tab", "Tab")
         pane.wait_for(">>> /show context")
         pane.press("Enter", "Enter")
         pane.wait_for("0 of 8192 tokens are used")

@@ -1,14 +1,22 @@
 """The slash commands and their completion."""
 
+import json
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 
+from runner import protocol
 from runner.errors import ContextFullError, TemplateError, WorkerDiedError
+from runner.miss_policy import RoutingPlan
+from runner.protocol import ModelInfo
+from runner.stats import StatsRecorder
 from runner.terminal.chat_commands import COMMANDS, complete
 from runner.terminal.conversation import ChatSettings
 from runner.terminal.history import LineHistory
-from tests.runner.chat_fakes import ScriptedChat, Step, press_ctrl_c
+from tests.runner.chat_fakes import INFO, ScriptedChat, Step, press_ctrl_c
 
 
 def run(*lines: str) -> tuple[ScriptedChat, str]:
@@ -147,12 +155,64 @@ def test_a_system_prompt_of_several_lines() -> None:
     ("topic", "expected"),
     [("", "8.0 B"), ("info", "llama 8x1B"), ("parameters", "top-k"), ("system", "No system"),
      ("template", "{{ template }}"), ("context", "0 of 8192 tokens"), ("stats", '"n_past": 7'),
-     ("nonsense", "/show knows info")],
+     ("nonsense", "/show knows info, parameters, system, template, context, stats, cache;")],
 )  # fmt: skip
 def test_show(topic: str, expected: str) -> None:
     printed = run(f"/show {topic}")[1]
     assert expected in printed
     assert "\x1b" not in printed
+
+
+def show_cache(recorder: StatsRecorder, *state: Any, info: ModelInfo = INFO) -> str:
+    chat = ScriptedChat(["/show cache"])
+    message = protocol.encode({"type": "stats", "snapshot": recorder.snapshot(7, 64, *state)})
+    chat.client.snapshot = json.loads(message)["snapshot"]
+    chat.chat._state.info = info
+    return chat.run()
+
+
+def test_show_cache_says_how_the_cache_did_and_where_it_helped_least() -> None:
+    recorder = StatsRecorder(7, (4, 4, 4, 4, 4, 4, 5))
+    experts = np.zeros((50, 2), np.int32)
+    hits = (60, 95, 50, 94, 93, 100, 92)
+    plans = [RoutingPlan(experts, (), (), n, 100 - n, 0) for n in hits[:6]]
+    plans.append(RoutingPlan(experts, (), (), hits[6], 2, 3, 2, 1))
+    recorder.record_batch(50, plans, 10**9, 600 * 10**6, 350 * 10**6, False)
+    for layer in range(5):
+        recorder.record_read(layer, 600 * 10**6, 400 * 10**6)
+    info = replace(
+        INFO, moe_cache_bytes=1_190_000_000, moe_cache_slots=(4,) * 6 + (5,), moe_cache_policy="lru"
+    )
+    printed = show_cache(recorder, (), (10, 0, 3, 0, 0, 0, 2), info=info)
+    expected = """\
+slots       4 to 5 of 8 experts per layer (1.19 GB), lru
+pairs       700: hit 83.4 %, load 15.7 %, host 0.4 %, substituted 0.3 %, dropped 0.1 %
+read        3.00 GB, 1.50 GB/s
+time        compute 60.0 %, waiting for reads 35.0 %, Python 5.0 %
+evictions   15
+lowest hit  layer 2     50.0 %    4 slots
+            layer 0     60.0 %    4 slots
+            layer 6     92.0 %    5 slots
+            layer 4     93.0 %    4 slots
+            layer 3     94.0 %    4 slots
+"""
+    assert printed == expected
+
+
+def test_show_cache_before_the_first_answer_has_no_shares() -> None:
+    info = replace(
+        INFO, moe_cache_bytes=40_000_000, moe_cache_slots=(4, 4), moe_cache_policy="static"
+    )
+    assert show_cache(StatsRecorder(2, (4, 4)), info=info) == (
+        "slots       4 of 8 experts per layer (40.0 MB), static\n"
+        "pairs       nothing was computed yet\n"
+    )
+
+
+def test_show_cache_without_a_cache_is_one_sentence() -> None:
+    assert show_cache(StatsRecorder(2)) == (
+        "There is no expert cache: every expert is used in place, where the file is mapped.\n"
+    )
 
 
 def test_regen_answers_the_last_message_again() -> None:
@@ -244,6 +304,7 @@ def test_commands_are_completed() -> None:
     assert complete("/re") == (3, ["/read", "/regen"])
     assert "/set" in complete("/")[1]
     assert complete("/show st") == (2, ["stats"])
+    assert complete("/show c") == (1, ["cache", "context"])
     assert "top-k" in complete("/set t")[1]
     assert complete("hello /re") == (0, [])
     assert complete("/set temp 1") == (0, [])

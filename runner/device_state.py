@@ -1,0 +1,105 @@
+"""Device memory that passes between the graphs of a batch, and what every graph is built from.
+
+Knows no graph's order and no policy.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from quant.ggml import Backend, Context
+from quant.ggml_types import GGML_TYPES_BY_NAME
+from quant.graph import Graph
+from runner.kv_cache import KVCache, padded_context
+from runner.model import BatchTensors, RouterTensors
+from runner.model_config import ModelConfig
+from runner.weights import ExpertSlabs, Weights
+
+_F32 = GGML_TYPES_BY_NAME["F32"].id
+_F16 = GGML_TYPES_BY_NAME["F16"].id
+_I32 = GGML_TYPES_BY_NAME["I32"].id
+_I64 = GGML_TYPES_BY_NAME["I64"].id
+
+
+@dataclass(frozen=True)
+class BatchShape:
+    """What decides a graph; batches of equal shape reuse it."""
+
+    n_tokens: int
+    n_kv: int  # visible cells of the KV cache
+
+
+class DeviceState:
+    """Inputs, routing and the residual stream: one allocation for the largest batch.
+
+    The router writes expert ids where the experts read slot ids, so a host that changes nothing
+    has nothing to send back.
+    """
+
+    def __init__(
+        self, backend: Backend, config: ModelConfig, n_batch: int, n_ctx: int, has_passes: bool
+    ) -> None:
+        """has_passes: experts of a layer may be computed one after the other (`ExpertPass`)."""
+        self.has_passes = has_passes
+        self._context = context = Context(backend.ggml, 24)
+        pairs, scores = max(1, config.n_expert_used), max(1, config.n_expert)
+        self.tokens = context.tensor(_I32, n_batch)
+        self.positions = context.tensor(_I32, n_batch)
+        self.cells = context.tensor(_I64, n_batch)
+        self.mask = context.tensor(_F16, padded_context(n_ctx), n_batch)
+        self.last_token = context.tensor(_I32, 1)
+        self.residual = context.tensor(_F32, config.n_embd, n_batch)
+        self.ffn_input = context.tensor(_F32, config.n_embd, n_batch)
+        self.slot_ids = context.tensor(_I32, pairs, n_batch)
+        self.weights = context.tensor(_F32, pairs, n_batch)
+        self.scores = context.tensor(_F32, scores, n_batch)
+        self.logits = context.tensor(_F32, config.n_vocab)
+        n_pairs = pairs * n_batch if has_passes else 1
+        self.pair_outputs = context.tensor(_F32, config.n_embd, n_pairs)
+        self.pass_tokens = context.tensor(_I32, n_pairs)
+        self.pass_slots = context.tensor(_I32, 1, n_pairs)
+        self.pass_pairs = context.tensor(_I64, n_pairs)
+        self._buffer = context.allocate(backend)
+        self._host_mask = np.empty(n_batch * padded_context(n_ctx), np.float16)
+
+    def close(self) -> None:
+        self._buffer.close()
+        self._context.close()
+
+    def host_mask(self, shape: BatchShape) -> np.ndarray:
+        """Host memory for the mask (n_tokens, n_kv); all batch shapes share it."""
+        n_tokens, n_kv = shape.n_tokens, shape.n_kv
+        return self._host_mask[: n_tokens * n_kv].reshape(n_tokens, n_kv)
+
+    def batch(self, g: Graph, shape: BatchShape) -> BatchTensors:
+        """Views of the inputs for one batch shape."""
+        n = shape.n_tokens
+        return BatchTensors(
+            tokens=g.matrix(self.tokens, n, 1),
+            positions=g.matrix(self.positions, n, 1),
+            cells=g.matrix(self.cells, n, 1),
+            mask=g.matrix(self.mask, shape.n_kv, n),
+            last_token=self.last_token,
+            residual=g.first_rows(self.residual, n),
+        )
+
+    def router(self, g: Graph, n: int) -> RouterTensors:
+        """Views for the routing of n tokens."""
+        return RouterTensors(
+            ffn_input=g.first_rows(self.ffn_input, n),
+            expert_ids=g.first_rows(self.slot_ids, n),
+            weights=g.first_rows(self.weights, n),
+            scores=g.first_rows(self.scores, n),
+        )
+
+
+@dataclass(frozen=True)
+class EngineParts:
+    """What every graph of a model is built from."""
+
+    backend: Backend
+    config: ModelConfig
+    weights: Weights
+    slabs: tuple[ExpertSlabs | None, ...]  # per layer, what slot ids count in; None = dense layer
+    kv: KVCache
+    state: DeviceState

@@ -1,0 +1,23 @@
+"""How much a resident expert is worth: the one seam of all eviction policies. Owns no state.
+
+The expert worth least leaves first. What is pinned never leaves; `SlotTable` sees to that.
+"""
+
+import numpy as np
+
+LFU_HALF_LIFE = 64  # tokens of a layer after which a use counts half
+
+
+def worth(policy: str, last_used: np.ndarray, frequency: np.ndarray) -> np.ndarray:
+    """The worth of every expert of one layer, (n_expert,); only the order matters.
+
+    last_used (n_expert,) int64 is the token that asked last; frequency (n_expert,) float64 the
+    aged count of uses. `lru` ranks by the former, `lfu` by the latter; `static` pins what came
+    first and ranks the slot that is left by the former.
+    """
+    return frequency if policy == "lfu" else last_used
+
+
+def n_pinned_at_most(policy: str, n_slots: int) -> int:
+    """How many experts of a layer `policy` pins: one slot must stay free to be filled."""
+    return n_slots - 1 if policy == "static" else 0

@@ -1,0 +1,186 @@
+"""SlotTable: which expert is in which slot of which layer. Pure bookkeeping: no bytes, no ggml.
+
+A slot is empty, being filled (lent to a read) or resident. It can be taken for another expert
+unless it is being filled, in use by the running graph, or pinned. One thread writes; others may
+copy `slot_of` and `expert_in`.
+"""
+
+from collections.abc import Iterable, Sequence
+
+import numpy as np
+
+from runner.experts import eviction
+from runner.experts.eviction import LFU_HALF_LIFE, n_pinned_at_most
+
+EMPTY = -1
+_LARGEST_INCREMENT = 2.0**500  # aged counts are scaled down before floats overflow
+
+
+class SlotTable:
+    """The slots of all layers. `slot` counts within a layer, from 0 to n_slots[layer] - 1."""
+
+    def __init__(self, n_slots: Sequence[int], n_expert: int, policy: str) -> None:
+        """n_slots: slots of each layer, 1 to n_expert; policy: see `eviction.worth`."""
+        assert all(1 <= n <= n_expert for n in n_slots), n_slots
+        self.n_slots = tuple(n_slots)
+        self.policy = policy
+        shape = (len(n_slots), max(n_slots))
+        self.slot_of = np.full((len(n_slots), n_expert), EMPTY, np.int32)  # of residents only
+        self.expert_in = np.full(shape, EMPTY, np.int32)  # residents only
+        self.last_used = np.full(self.slot_of.shape, -1, np.int64)  # tokens, one clock per layer
+        self.frequency = np.zeros(self.slot_of.shape)  # of uses, aged
+        self.n_evicted = [0] * len(n_slots)
+        self._filling = np.full(shape, EMPTY, np.int32)  # the expert that is being read
+        self._in_use = np.zeros(shape, bool)
+        self._pinned = np.zeros(shape, bool)
+        self._favourites: np.ndarray | None = None  # (n_layer, n_expert) bool, to be pinned
+        self._n_tokens = [0] * len(n_slots)
+
+    # what is asked for
+
+    def record_use(self, layer: int, expert_ids: np.ndarray) -> None:
+        """Count the experts that a batch asks for, resident or not: (n_tokens, n_expert_used)."""
+        n_tokens = len(expert_ids)
+        clock = self._n_tokens[layer]
+        increment = 2.0 ** (clock / LFU_HALF_LIFE)
+        if increment > _LARGEST_INCREMENT:
+            self.frequency[layer] /= increment
+            self._n_tokens[layer] = clock = 0
+            self.last_used[layer] -= self.last_used[layer].max() + 1
+            increment = 1.0
+        self._n_tokens[layer] += n_tokens
+        if n_tokens == 1:  # an expert comes at most once in a token
+            self.last_used[layer, expert_ids[0]] = clock
+            self.frequency[layer, expert_ids[0]] += increment
+            return
+        tokens = np.arange(clock, clock + n_tokens)[:, None]
+        np.maximum.at(self.last_used[layer], expert_ids, tokens)
+        counts = np.bincount(expert_ids.ravel(), minlength=self.slot_of.shape[1])
+        self.frequency[layer] += counts * increment
+
+    def expect(self, frequency: np.ndarray) -> None:
+        """Begin with uses counted earlier, (n_layer, n_expert); `static` pins the most frequent."""
+        self.frequency[:] = frequency
+        ranked = np.argsort(-frequency, axis=1, kind="stable")
+        self._favourites = np.zeros(frequency.shape, bool)
+        for layer, n_slots in enumerate(self.n_slots):
+            n = n_pinned_at_most(self.policy, n_slots)
+            self._favourites[layer, ranked[layer, :n]] = True
+
+    def worth(self, layer: int) -> np.ndarray:
+        """How much each expert of a layer is worth keeping, (n_expert,)."""
+        return eviction.worth(self.policy, self.last_used[layer], self.frequency[layer])
+
+    # what is where
+
+    def residents(self, layer: int) -> np.ndarray:
+        """The experts in this layer's slots, (n,) int32."""
+        here = self.expert_in[layer]
+        residents: np.ndarray = here[here != EMPTY]
+        return residents
+
+    def is_full(self, layer: int) -> bool:
+        """Whether every expert of the layer has a slot of its own."""
+        return self.n_slots[layer] == self.slot_of.shape[1]
+
+    def n_unpinned(self, layer: int) -> int:
+        """Slots whose expert may change."""
+        return self.n_slots[layer] - int(self._pinned[layer].sum())
+
+    def pinned(self, layer: int) -> list[int]:
+        """The experts that are never evicted."""
+        experts: list[int] = self.expert_in[layer, self._pinned[layer]].tolist()
+        return experts
+
+    def is_pinned(self, layer: int, slot: int) -> bool:
+        return bool(self._pinned[layer, slot])
+
+    def is_filling(self, layer: int, expert: int) -> bool:
+        """Whether the expert is being read into a slot."""
+        return bool((self._filling[layer] == expert).any())
+
+    # filling
+
+    def can_take(self, layer: int) -> bool:
+        """Whether `take` would find a slot."""
+        return bool(self._takeable(layer).any())
+
+    def take(self, layer: int, expert: int) -> int:
+        """Lend a slot to a read of `expert`, which must have none; evicts the least worth.
+
+        The slot is nobody's until `commit` or `fail`. Ask `can_take` first.
+        """
+        assert self.slot_of[layer, expert] == EMPTY, f"expert {expert} is resident already"
+        assert not self.is_filling(layer, expert), f"expert {expert} is being read already"
+        slots = np.flatnonzero(self._takeable(layer))
+        assert len(slots), "every slot is in use"
+        experts = self.expert_in[layer, slots]
+        value = self.worth(layer)[experts].astype(np.float64)
+        value[experts == EMPTY] = -np.inf
+        slot = int(slots[value.argmin()])
+        self._evict(layer, slot)
+        self._filling[layer, slot] = expert
+        return slot
+
+    def commit(self, layer: int, slot: int) -> None:
+        """The bytes are there: the expert that the slot was lent for is resident."""
+        expert = self._end_filling(layer, slot)
+        self.slot_of[layer, expert] = slot
+        self.expert_in[layer, slot] = expert
+        if self._is_worth_a_pin(layer, expert):
+            self._pinned[layer, slot] = True
+
+    def fail(self, layer: int, slot: int) -> None:
+        """The read did not succeed: the slot is empty."""
+        self._end_filling(layer, slot)
+
+    # keeping
+
+    def hold(self, layer: int, slots: np.ndarray) -> None:
+        """Mark resident slots that a graph is about to read."""
+        self._in_use[layer, slots] = True
+
+    def hold_only(self, layer: int, slots: np.ndarray) -> None:
+        """The same, when no graph reads the layer's other slots any more."""
+        self._in_use[layer] = False
+        self._in_use[layer, slots] = True
+
+    def release(self, layer: int, slots: np.ndarray | None = None) -> None:
+        """The graph has read these slots; None = all of the layer."""
+        self._in_use[layer, slots if slots is not None else slice(None)] = False
+
+    def pin(self, layer: int, experts: Iterable[int]) -> None:
+        """Never evict these residents."""
+        for expert in experts:
+            slot = self.slot_of[layer, expert]
+            assert slot != EMPTY, f"expert {expert} is not resident"
+            self._pinned[layer, slot] = True
+
+    def unpin(self, layer: int, experts: Iterable[int]) -> None:
+        for expert in experts:
+            self._pinned[layer, self.slot_of[layer, expert]] = False
+
+    def _takeable(self, layer: int) -> np.ndarray:
+        takeable: np.ndarray = self._filling[layer] == EMPTY
+        takeable &= ~(self._in_use[layer] | self._pinned[layer])
+        takeable[self.n_slots[layer] :] = False
+        return takeable
+
+    def _evict(self, layer: int, slot: int) -> None:
+        expert = self.expert_in[layer, slot]
+        if expert != EMPTY:
+            self.slot_of[layer, expert] = EMPTY
+            self.expert_in[layer, slot] = EMPTY
+            self.n_evicted[layer] += 1
+
+    def _end_filling(self, layer: int, slot: int) -> int:
+        expert = int(self._filling[layer, slot])
+        assert expert != EMPTY, f"slot {slot} of layer {layer} is not being filled"
+        self._filling[layer, slot] = EMPTY
+        return expert
+
+    def _is_worth_a_pin(self, layer: int, expert: int) -> bool:
+        n_pinned = int(self._pinned[layer].sum())
+        if n_pinned >= n_pinned_at_most(self.policy, self.n_slots[layer]):
+            return False
+        return self._favourites is None or bool(self._favourites[layer, expert])

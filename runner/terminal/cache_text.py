@@ -1,0 +1,65 @@
+"""What `/show cache` prints of a snapshot. Knows neither the view nor where snapshots come from."""
+
+from runner.byte_sizes import bytes_text
+from runner.protocol import ModelInfo
+from runner.stats import StatsSnapshot, share
+from runner.terminal.chat_view import percent
+
+_N_LOWEST = 5  # layers shown, those where the cache helps least
+
+
+def cache_text(info: ModelInfo, snapshot: StatsSnapshot) -> str:
+    """How the expert cache did since the model was loaded; one sentence without a cache."""
+    if not snapshot.n_slots:
+        return "There is no expert cache: every expert is used in place, where the file is mapped."
+    rows = [("slots", _slots(info, snapshot.n_slots))]
+    if snapshot.n_pairs:
+        rows += [
+            ("pairs", _pairs(snapshot)),
+            ("read", f"{bytes_text(sum(snapshot.bytes_read))}, {snapshot.read_gb_per_s:.2f} GB/s"),
+            ("time", _time(snapshot)),
+            ("evictions", str(sum(snapshot.n_evicted))),
+            ("lowest hit", "\n            ".join(_lowest_layers(snapshot))),
+        ]
+    else:
+        rows.append(("pairs", "nothing was computed yet"))
+    return "\n".join(f"{label:<12}{value}" for label, value in rows)
+
+
+def _slots(info: ModelInfo, n_slots: tuple[int, ...]) -> str:
+    least, most = min(n_slots), max(n_slots)
+    n = str(least) if least == most else f"{least} to {most}"
+    return (
+        f"{n} of {info.n_expert} experts per layer ({bytes_text(info.moe_cache_bytes)}),"
+        f" {info.moe_cache_policy}"
+    )
+
+
+def _pairs(snapshot: StatsSnapshot) -> str:
+    return (
+        f"{snapshot.n_pairs}: hit {percent(snapshot.hit_share, 1)},"
+        f" load {percent(snapshot.loaded_share, 1)},"
+        f" host {percent(snapshot.on_host_share, 1)},"
+        f" substituted {percent(snapshot.substituted_share, 1)},"
+        f" dropped {percent(snapshot.dropped_share, 1)}"
+    )
+
+
+def _time(snapshot: StatsSnapshot) -> str:
+    total_s = snapshot.prompt_s + snapshot.generation_s
+    return (
+        f"compute {percent(snapshot.compute_s, total_s)},"
+        f" waiting for reads {percent(snapshot.wait_s, total_s)},"
+        f" Python {percent(snapshot.python_s, total_s)}"
+    )
+
+
+def _lowest_layers(snapshot: StatsSnapshot) -> list[str]:
+    """The layers with the lowest share of hits, lowest first."""
+    hit, n_pairs = snapshot.hit, snapshot.pairs_per_layer
+    layers = sorted(range(len(hit)), key=lambda layer: share(hit[layer], n_pairs[layer]))
+    return [
+        f"layer {layer:<4}{percent(hit[layer], n_pairs[layer]):>8}"
+        f"{snapshot.n_slots[layer]:>5} slots"
+        for layer in layers[:_N_LOWEST]
+    ]

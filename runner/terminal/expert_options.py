@@ -1,0 +1,98 @@
+"""The flags about the memory of experts. Knows no command, runs nothing."""
+
+from typing import Any
+
+import click
+
+from runner.byte_sizes import parse_bytes
+from runner.config import (
+    CACHE_POLICIES,
+    MAX_MOE_CACHE_BYTES,
+    MAX_MOE_CACHE_SLOTS,
+    MISS_ACTIONS,
+    MOE_CACHE_AUTO,
+    MOE_CACHE_OFF,
+    EngineConfig,
+)
+from runner.errors import OptionError
+from runner.terminal.cli_options import Params, engine_config, flag
+
+_SIZE_WORDS = {"auto": MOE_CACHE_AUTO, "off": MOE_CACHE_OFF}
+
+
+class _MemorySize(click.ParamType):  # type: ignore[type-arg]
+    """auto, off or a size in bytes."""
+
+    name = "size"
+
+    def get_metavar(self, param: click.Parameter, ctx: click.Context) -> str:
+        """As it stands in the help."""
+        return "auto|off|SIZE"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
+        """Raises click.BadParameter for anything else."""
+        if not isinstance(value, str):
+            return value  # type: ignore[no-any-return]
+        if value.lower() in _SIZE_WORDS:
+            return _SIZE_WORDS[value.lower()]
+        try:
+            n_bytes = parse_bytes(value)
+        except OptionError as error:
+            self.fail(f"{error}; or auto or off", param, ctx)
+        if n_bytes > MAX_MOE_CACHE_BYTES:
+            self.fail(f"{value!r} is more than {MAX_MOE_CACHE_BYTES >> 40}TiB", param, ctx)
+        return n_bytes
+
+
+_SIZE_HELP = "K, M and G are powers of 1024, KB, MB and GB of 1000, a bare number is MiB"
+
+_SLOTS_FLAG = flag(
+    *("--moe-cache-slots", "moe_cache_slots"),
+    help="Experts held in every layer; 0 = as many as the memory takes.",
+    type=click.IntRange(0, MAX_MOE_CACHE_SLOTS),
+    default=EngineConfig.moe_cache_slots,
+)
+
+EXPERT_FLAGS = (
+    flag(
+        *("--moe-cache", "moe_cache_bytes"),
+        help="Memory that holds experts of a model larger than the memory; the others are read"
+        f" when they are needed. A size like 6GiB: {_SIZE_HELP}.",
+        type=_MemorySize(),
+        default="auto",
+    ),
+    _SLOTS_FLAG,
+    flag(
+        *("--moe-cache-policy", "moe_cache_policy"),
+        help="Which expert makes room: the one unused for longest, the least used one, or all"
+        " but the most used ones.",
+        type=click.Choice(CACHE_POLICIES),
+        default=EngineConfig.moe_cache_policy,
+    ),
+    flag(
+        *("--moe-miss", "moe_miss"),
+        help="A missing expert is read into memory, computed where the file is mapped (host), or"
+        " whatever is faster.",
+        type=click.Choice(MISS_ACTIONS),
+        default=EngineConfig.moe_miss,
+    ),
+)
+
+# For a command that only says what would be: without them it says nothing of a cache.
+EXPERT_PLAN_FLAGS = (
+    flag(
+        *("--moe-cache", "moe_cache_bytes"),
+        help=f"Say what this memory for experts would hold here: {_SIZE_HELP}.",
+        type=_MemorySize(),
+    ),
+    _SLOTS_FLAG,
+)
+
+
+def planned_cache(params: Params) -> EngineConfig | None:
+    """The settings whose expert cache is asked for; None when it is not."""
+    if params["moe_cache_bytes"] is not None:
+        return engine_config(params)
+    if params["moe_cache_slots"]:
+        return engine_config({**params, "moe_cache_bytes": MOE_CACHE_AUTO})
+    return None
