@@ -33,6 +33,7 @@ class BatchGraph:
     def __init__(self, parts: EngineParts, shape: BatchShape) -> None:
         self.shape = shape
         self._parts = parts
+        self._predicts = parts.predicts and shape.n_tokens == 1
         self._graphs = [self._build(index, False) for index in range(parts.config.n_layer + 1)]
         self._after_passes: dict[int, Graph] = {}  # by index, for layers computed in passes
         self._is_after_passes = False  # the experts of the routed layer were computed in passes
@@ -82,6 +83,15 @@ class BatchGraph:
     def router_scores(self) -> np.ndarray:
         """The router's logits for every expert, (n, n_expert) float32."""
         return self._routing.scores.download()
+
+    def has_prediction(self, layer: int) -> bool:
+        """Whether routing `layer` also predicts what the next one will choose."""
+        return self._predicts and layer + 1 < self._parts.config.n_layer
+
+    def predicted_experts(self) -> list[int]:
+        """What the layer behind the routed one will probably choose, best first."""
+        ids: list[int] = self._predicted.download().tolist()
+        return ids
 
     def apply(self, slot_ids: np.ndarray) -> None:
         """Say which slots compute the experts of the routed layer; they run with the next graph.
@@ -143,6 +153,9 @@ class BatchGraph:
         if config.is_moe:
             router = state.router(g, residual.shape[1])
             model.route(g, config, weights.layers[index], residual, router)
+            if self.has_prediction(index):
+                following = weights.layers[index + 1]
+                model.predict_route(g, config, following, residual, state.predicted_ids)
         else:
             model.dense_ffn(g, config, weights.layers[index], residual)
         return g
@@ -180,6 +193,9 @@ class BatchGraph:
         self._last_token = self._port(state.last_token, (1,), np.int32)
         self._last_token.array[0] = n - 1
         self._logits_port = self._port(state.logits, (self._parts.config.n_vocab,), np.float32)
+        self._predicted = self._port(
+            state.predicted_ids, (self._parts.config.n_expert_used,), np.int32
+        )
         self._routing_ports = self._make_routing_ports()
         self._routing = self._routing_ports[0]
 

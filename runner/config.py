@@ -23,6 +23,7 @@ class EngineConfig:
     moe_cache_bytes: int = MOE_CACHE_AUTO  # memory for expert slots; MOE_CACHE_AUTO, MOE_CACHE_OFF
     moe_cache_slots: int = 0  # per layer; 0 = as many as the memory buys
     moe_cache_policy: str = "lfu"  # one of CACHE_POLICIES: which expert leaves first
+    moe_cache_profile: str = ""  # file with the uses of experts in earlier runs, kept current
     moe_miss: str = "auto"  # one of MISS_ACTIONS: read a missing expert, or compute from the file
 
 

@@ -53,6 +53,7 @@ class DeviceState:
         self.slot_ids = context.tensor(_I32, pairs, n_batch)
         self.weights = context.tensor(_F32, pairs, n_batch)
         self.scores = context.tensor(_F32, scores, n_batch)
+        self.predicted_ids = context.tensor(_I32, pairs, 1)
         self.logits = context.tensor(_F32, config.n_vocab)
         n_pairs = pairs * n_batch if has_passes else 1
         self.pair_outputs = context.tensor(_F32, config.n_embd, n_pairs)
@@ -103,3 +104,4 @@ class EngineParts:
     slabs: tuple[ExpertSlabs | None, ...]  # per layer, what slot ids count in; None = dense layer
     kv: KVCache
     state: DeviceState
+    predicts: bool = False  # decoding predicts the next layer's experts, to read ahead

@@ -23,9 +23,11 @@ from runner.device_state import BatchShape, DeviceState, EngineParts
 from runner.engine_limits import choose_limits
 from runner.errors import CancelledError, ContextFullError, OptionError
 from runner.experts.cache_plan import CachePlan, plan_cache
+from runner.experts.eviction import frequency_of
 from runner.experts.expert_cache import ExpertCache
 from runner.experts.expert_runner import ExpertRunner
 from runner.experts.expert_store import ExpertStore
+from runner.experts.usage_file import UsageFile
 from runner.graph_cache import GraphCache
 from runner.hardware import available_memory_bytes
 from runner.kv_cache import KVCache, padded_context
@@ -63,6 +65,7 @@ class Engine:
         """
         report = on_progress or (lambda stage, done, total: None)
         self.config = config
+        self._usage: UsageFile | None = None
         with ExitStack() as owned:
             self.file = owned.enter_context(GGUFFile.open(path))
             self.model_config = read_model(self.file)
@@ -183,6 +186,11 @@ class Engine:
     def decode(self, token: int) -> np.ndarray:
         """Append one token; returns its logits (n_vocab,), overwritten by the next call."""
         return self._run([token], is_prompt=False)
+
+    def save_usage(self) -> None:
+        """Bring the profile of the experts' uses up to date, if any. Raises OptionError."""
+        if self._usage is not None and self._cache is not None:
+            self._usage.save(self._cache.table.n_uses)
 
     def reset(self) -> None:
         """Empty the context."""
@@ -312,6 +320,10 @@ class Engine:
         policy = self.config.moe_cache_policy
         cache = ExpertCache(self.backend, self.file, config, store, plan.n_slots, policy)
         owned.callback(cache.close)
+        if self.config.moe_cache_profile:
+            self._usage = UsageFile(self.config.moe_cache_profile, self.file, config)
+            if self._usage.earlier.any():
+                cache.table.expect(frequency_of(self._usage.earlier, config.n_expert_used))
         return cache
 
     def _make_runner(self) -> ExpertRunner:
@@ -336,4 +348,5 @@ class Engine:
             )
         in_place = tuple(layer.experts for layer in weights.layers)
         slabs = cache.slabs if cache is not None else in_place
-        return EngineParts(self.backend, config, weights, slabs, kv, state)
+        predicts = cache is not None and cache.reads_ahead
+        return EngineParts(self.backend, config, weights, slabs, kv, state, predicts)

@@ -40,15 +40,12 @@ def exact(
     resident expert of the layer, below 0 for a missing one. Missing experts in `on_host` are
     computed there, the others loaded.
     """
-    is_hit = slot_of[expert_ids] >= 0
-    n_hit = int(np.count_nonzero(is_hit))
-    if n_hit == expert_ids.size:
+    counts = np.bincount(expert_ids.ravel(), minlength=len(slot_of))
+    missing = np.flatnonzero((slot_of < 0) & (counts > 0)).tolist()
+    if not missing:
         return all_resident(expert_ids)
-    missing, counts = np.unique(expert_ids[~is_hit], return_counts=True)
-    n_of = dict(zip(missing.tolist(), counts.tolist(), strict=True))
-    host = tuple(expert for expert in n_of if expert in on_host)
-    n_on_host = sum(n_of[expert] for expert in host)
-    loads = tuple(expert for expert in n_of if expert not in on_host)
-    return RoutingPlan(
-        expert_ids, loads, host, n_hit, expert_ids.size - n_hit - n_on_host, n_on_host
-    )
+    loads = tuple(expert for expert in missing if expert not in on_host)
+    host = tuple(expert for expert in missing if expert in on_host)
+    n_loaded, n_on_host = int(counts[list(loads)].sum()), int(counts[list(host)].sum())
+    n_hit = expert_ids.size - n_loaded - n_on_host
+    return RoutingPlan(expert_ids, loads, host, n_hit, n_loaded, n_on_host)

@@ -108,6 +108,19 @@ def route(
     g.copy(normalised, out.weights)
 
 
+def predict_route(
+    g: Graph, config: ModelConfig, following: LayerWeights, residual: Tensor, out: Tensor
+) -> None:
+    """The experts that the following layer would choose if it saw this layer's input.
+
+    A guess, made early enough to read ahead: the residual stream changes little from one layer to
+    the next. Writes expert ids (n_expert_used, n), best first, to `out`.
+    """
+    assert following.ffn_gate_inp is not None
+    x = g.rms_norm(residual, following.ffn_norm, config.norm_rms_eps)
+    g.copy(g.top_k(g.mul_mat(following.ffn_gate_inp, x), config.n_expert_used), out)
+
+
 def experts(
     g: Graph, slabs: ExpertSlabs, ffn_input: Tensor, slot_ids: Tensor, weights: Tensor,
     residual: Tensor,

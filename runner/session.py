@@ -91,7 +91,9 @@ class Session:
         tokens = model.tokenizer.tokenize(text, add_special=True, parse_special=True)
         opening = _THINK + "\n" if _opens_thinking(text, request) else ""
         with Sampler(model.tokenizer, request.sampling, tokens) as sampler:
-            return Answer(model, request, emit, opening).make(tokens, sampler, cancelled)
+            result = Answer(model, request, emit, opening).make(tokens, sampler, cancelled)
+        model.engine.save_usage()
+        return result
 
     def bench(
         self,

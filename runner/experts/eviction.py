@@ -21,3 +21,13 @@ def worth(policy: str, last_used: np.ndarray, frequency: np.ndarray) -> np.ndarr
 def n_pinned_at_most(policy: str, n_slots: int) -> int:
     """How many experts of a layer `policy` pins: one slot must stay free to be filled."""
     return n_slots - 1 if policy == "static" else 0
+
+
+def frequency_of(uses: np.ndarray, n_expert_used: int) -> np.ndarray:
+    """The aged counts that a long run with these uses ends with; uses (n_layer, n_expert).
+
+    Weights that halve every LFU_HALF_LIFE tokens add up to LFU_HALF_LIFE / ln 2 tokens.
+    """
+    total = np.maximum(uses.sum(axis=1, keepdims=True), 1)
+    frequency: np.ndarray = uses / total * (n_expert_used * LFU_HALF_LIFE / np.log(2))
+    return frequency

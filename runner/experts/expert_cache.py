@@ -5,15 +5,19 @@ Knows no graph and no policy of misses.
 
 from contextlib import ExitStack
 
+import numpy as np
+
 from quant.ggml import Backend
 from quant.gguf_file import GGUFFile
 from runner.experts.expert_store import ExpertStore
 from runner.experts.prefetcher import Load, Prefetcher
-from runner.experts.slot_memory import SlotMemory
+from runner.experts.slot_memory import Parts, SlotMemory, private_memory
 from runner.experts.slot_table import SlotTable
 from runner.model_config import ModelConfig
 from runner.weights import ExpertSlabs
 
+READ_AHEAD = True
+_NO_SLOT = -1
 _MAX_WAITING = 8  # loads asked for ahead; more would only wait in the queue
 
 
@@ -35,7 +39,8 @@ class ExpertCache:
         with ExitStack() as owned:
             self._memory = SlotMemory(backend, file, config, n_slots)
             owned.callback(self._memory.close)
-            self._prefetcher = Prefetcher(store.read, _MAX_WAITING)
+            self._staging = memoryview(private_memory(self._memory.staging_bytes))
+            self._prefetcher = Prefetcher(self._fill, _MAX_WAITING)
             owned.callback(self._prefetcher.close)
             self._owned = owned.pop_all()
         self._under_way: list[Load] = []
@@ -53,22 +58,29 @@ class ExpertCache:
         """Memory of all slots."""
         return self._memory.n_bytes
 
+    @property
+    def reads_ahead(self) -> bool:
+        """Whether guesses can be read: where reads do not go through the system's page cache."""
+        is_complete = all(map(self.table.is_full, range(len(self.table.n_slots))))
+        return READ_AHEAD and self.store.is_direct and not is_complete
+
     def can_load(self, layer: int) -> bool:
         """Whether `start_load` would find a slot."""
         return self._prefetcher.can_request and self.table.can_take(layer)
 
-    def start_load(self, layer: int, expert: int) -> Load:
-        """Begin to read a missing expert into the slot of the one worth least."""
+    def start_load(self, layer: int, expert: int, guess: Load | None = None) -> Load:
+        """Begin to read a missing expert into the slot of the one worth least.
+
+        What a guess that was right has read already is copied, while the rest is read.
+        """
         slot = self.table.take(layer, expert)
         load = Load(layer, expert, slot, self._memory.parts(layer, slot))
+        load.n_ready_bytes = guess.n_ready_bytes if guess is not None else 0
         self._prefetcher.request(load)
         self._under_way.append(load)
+        if guess is not None:
+            _copy_start(guess.parts, load.parts, guess.n_ready_bytes)
         return load
-
-    def load_under_way(self, layer: int, expert: int) -> Load | None:
-        """The load that is bringing this expert, if one was started ahead."""
-        found = (load for load in self._under_way if (load.layer, load.expert) == (layer, expert))
-        return next(found, None)
 
     def finish(self, load: Load) -> None:
         """Wait for a load and make its expert resident. Raises what the read raised."""
@@ -85,10 +97,38 @@ class ExpertCache:
         else:
             self.table.fail(load.layer, load.slot)
 
-    def take_finished(self) -> list[Load]:
-        """Settle the loads that are done, without waiting; returns them."""
-        self._prefetcher.poll()
-        finished = [load for load in self._under_way if load.is_done]
-        for load in finished:
-            self.settle(load)
-        return finished
+    # guesses
+
+    def start_guess(self, layer: int, expert: int) -> Load | None:
+        """Begin to read an expert that is not asked for yet into staging memory, when everything
+        else is read; None where that cannot be. Only one guess at a time."""
+        parts = self._memory.staging_parts(layer, self._staging)
+        if not self.store.can_read_ahead(layer, expert, parts):
+            return None
+        guess = Load(layer, expert, _NO_SLOT, parts)
+        self._prefetcher.request(guess)
+        return guess
+
+    def stop_guess(self, guess: Load) -> None:
+        """Read no further; `guess.n_ready_bytes` tells how far it came."""
+        guess.is_unwanted = True
+        self._prefetcher.wait(guess)
+
+    # the prefetcher's thread
+
+    def _fill(self, load: Load) -> None:
+        if load.slot != _NO_SLOT:
+            self.store.read(load.layer, load.expert, load.parts, load.n_ready_bytes)
+            load.n_read_bytes = max(0, self.store.n_bytes(load.layer) - load.n_ready_bytes)
+            return
+        load.n_ready_bytes = self.store.read_ahead(
+            load.layer, load.expert, load.parts, lambda: not load.is_unwanted
+        )
+
+
+def _copy_start(source: Parts, target: Parts, n_bytes: int) -> None:
+    """Copy the first n_bytes of an expert's blocks."""
+    for a, b in zip(source, target, strict=True):
+        n = min(n_bytes, len(a.blocks))
+        np.copyto(np.frombuffer(b.blocks[:n], np.uint8), np.frombuffer(a.blocks[:n], np.uint8))
+        n_bytes -= n

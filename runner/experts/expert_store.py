@@ -8,15 +8,17 @@ a file several times more slowly than it can be read.
 """
 
 import mmap
-from dataclasses import dataclass, replace
+from collections.abc import Callable
+from dataclasses import dataclass
 
 from quant.gguf_file import ByteRange, GGUFFile
 from quant.read_only_file import BLOCK_BYTES, round_up
 from runner.checks.file_check import check_unchanged
-from runner.experts.slot_memory import SlotPart
+from runner.experts.slot_memory import Parts, SlotPart
 from runner.model_config import ModelConfig
 from runner.model_sizes import ExpertRanges, expert_ranges
 
+_PIECE_BYTES = 2 << 20  # of an expert read ahead: what an unwanted one may cost at most
 _SMOOTHING = 0.1  # weight of the newest measurement in a running cost
 
 
@@ -43,7 +45,14 @@ class ExpertStore:
         self._drops_pages = not has_room and not self.is_direct
         largest = max(part.n_bytes for row in self._ranges for part in row[0].parts)
         self._staging = memoryview(mmap.mmap(-1, round_up(largest, BLOCK_BYTES) + BLOCK_BYTES))
-        self.costs = ExpertCosts()
+        self._read_s_per_byte = 0.0  # running averages, 0.0 = not measured yet
+        self._host_s_per_byte = 0.0
+        self._slot_s_per_byte = 0.0
+
+    @property
+    def costs(self) -> ExpertCosts:
+        """What reading and computing cost lately."""
+        return ExpertCosts(self._read_s_per_byte, self._host_s_per_byte, self._slot_s_per_byte)
 
     def n_bytes(self, layer: int) -> int:
         """Bytes of one expert."""
@@ -55,31 +64,64 @@ class ExpertStore:
 
     # reading
 
-    def read(self, layer: int, expert: int, parts: tuple[SlotPart, SlotPart, SlotPart]) -> None:
-        """Read an expert's three matrices into a slot.
+    def read(self, layer: int, expert: int, parts: Parts, n_ready_bytes: int = 0) -> None:
+        """Read an expert's three matrices into a slot, whose first n_ready_bytes are there already.
 
         Raises GGUFError or ModelError that names the file: a read failed or came short, or the
         file is not the one that was opened any more. The slot's bytes are worthless then.
         """
         for part, target in zip(self._ranges[layer][expert].parts, parts, strict=True):
             if self.is_direct:
-                self._read_direct(part, target)
+                n_skipped = min(n_ready_bytes, len(target.blocks))
+                n_ready_bytes -= n_skipped
+                self._read_direct(part, target, n_skipped)
             else:
                 self._file.read(part, target.matrix)
                 if self._drops_pages:
                     self._file.forget(part)
         check_unchanged(self._file)
 
-    def _read_direct(self, part: ByteRange, target: SlotPart) -> None:
+    def read_ahead(
+        self, layer: int, expert: int, parts: Parts, is_wanted: Callable[[], bool]
+    ) -> int:
+        """Read an expert from its beginning, a piece at a time, for as long as it is wanted.
+
+        Only where `can_read_ahead`. Returns how many bytes of the parts are there.
+        """
+        n_done = 0
+        for part, target in zip(self._ranges[layer][expert].parts, parts, strict=True):
+            blocks, offset = self._blocks_of(part, target)
+            for start in range(0, len(blocks), _PIECE_BYTES):
+                if not is_wanted():
+                    return n_done
+                piece = blocks[start : start + _PIECE_BYTES]
+                self._file.read_direct(part.shard, offset + start, piece)
+                n_done += len(piece)
+            n_done += len(target.blocks) - len(blocks)
+        return n_done
+
+    def can_read_ahead(self, layer: int, expert: int, parts: Parts) -> bool:
+        """Whether the expert can be read directly into memory that lies like `parts`."""
+        places = zip(self._ranges[layer][expert].parts, parts, strict=True)
+        return self.is_direct and all(p.offset % BLOCK_BYTES == t.start for p, t in places)
+
+    def _read_direct(self, part: ByteRange, target: SlotPart, n_skipped: int) -> None:
         """Read the blocks around the matrix: into the slot if it lies alike, else by way of
         staging memory."""
+        if part.offset % BLOCK_BYTES == target.start:
+            blocks, offset = self._blocks_of(part, target)
+            if n_skipped < len(blocks):
+                self._file.read_direct(part.shard, offset + n_skipped, blocks[n_skipped:])
+            return
         before = part.offset % BLOCK_BYTES
-        n_bytes = round_up(before + part.n_bytes, BLOCK_BYTES)
-        is_alike = before == target.start
-        blocks = (target.blocks if is_alike else self._staging)[:n_bytes]
+        blocks = self._staging[: round_up(before + part.n_bytes, BLOCK_BYTES)]
         self._file.read_direct(part.shard, part.offset - before, blocks)
-        if not is_alike:
-            target.matrix[:] = blocks[before : before + part.n_bytes]
+        target.matrix[:] = blocks[before : before + part.n_bytes]
+
+    def _blocks_of(self, part: ByteRange, target: SlotPart) -> tuple[memoryview, int]:
+        """The whole blocks around a matrix in a slot that lies alike, and where they are."""
+        n_bytes = round_up(target.start + part.n_bytes, BLOCK_BYTES)
+        return target.blocks[:n_bytes], part.offset - target.start
 
     # what is cheaper
 
@@ -88,8 +130,7 @@ class ExpertStore:
 
         A later hit saves nothing here, since a slot and the mapping compute equally fast.
         """
-        costs = self.costs
-        if costs.host_s_per_byte > costs.read_s_per_byte + costs.slot_s_per_byte:
+        if self._host_s_per_byte > self._read_s_per_byte + self._slot_s_per_byte:
             return False
         return self.is_in_memory(layer, expert)
 
@@ -99,17 +140,14 @@ class ExpertStore:
 
     def observe_read(self, n_bytes: int, duration_s: float) -> None:
         """Keep the cost of reading current."""
-        average = _average(self.costs.read_s_per_byte, duration_s / n_bytes)
-        self.costs = replace(self.costs, read_s_per_byte=average)
+        self._read_s_per_byte = _average(self._read_s_per_byte, duration_s / n_bytes)
 
     def observe_compute(self, n_bytes: int, duration_s: float, on_host: bool) -> None:
         """Keep the cost of computing one token's pairs by experts of n_bytes together current."""
         if on_host:
-            average = _average(self.costs.host_s_per_byte, duration_s / n_bytes)
-            self.costs = replace(self.costs, host_s_per_byte=average)
+            self._host_s_per_byte = _average(self._host_s_per_byte, duration_s / n_bytes)
         else:
-            average = _average(self.costs.slot_s_per_byte, duration_s / n_bytes)
-            self.costs = replace(self.costs, slot_s_per_byte=average)
+            self._slot_s_per_byte = _average(self._slot_s_per_byte, duration_s / n_bytes)
 
 
 def _average(old: float, new: float) -> float:

@@ -8,37 +8,42 @@ import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from queue import Queue, SimpleQueue
+from queue import SimpleQueue
 
-from runner.experts.slot_memory import SlotPart
-
-Parts = tuple[SlotPart, SlotPart, SlotPart]
-Read = Callable[[int, int, Parts], None]
+from runner.experts.slot_memory import Parts
 
 
 @dataclass(eq=False)
 class Load:
-    """One expert on its way into a slot."""
+    """One expert on its way into memory that was lent for it."""
 
     layer: int
     expert: int
-    slot: int
+    slot: int  # -1 = into staging memory, as a guess
     parts: Parts  # lent until `is_done`
+    n_ready_bytes: int = 0  # of `parts`, from the start; where reading begins, then where it is
+    n_read_bytes: int = 0  # by this load, without what was ready before
+    is_unwanted: bool = False  # set by the engine's thread: stop between two reads
     is_done: bool = False  # written, like the rest below, when the engine's thread takes it back
     error: Exception | None = field(default=None)
     duration_ns: int = 0
 
 
+Read = Callable[[Load], None]
 Result = tuple[Load, Exception | None, int]  # with the nanoseconds that the read took
 
 
 class Prefetcher:
-    """Reads in the background. All methods belong to the engine's thread."""
+    """Reads in the background. All methods belong to the engine's thread.
+
+    The queues are bounded by `can_request`, not by themselves: a queue.Queue costs half a
+    millisecond per load, since its locks make the two threads wait for each other.
+    """
 
     def __init__(self, read: Read, max_waiting: int) -> None:
-        """`read` fills parts with an expert's bytes; at most max_waiting loads are under way."""
+        """`read` fills a load's parts; at most max_waiting loads are under way."""
         self._read = read
-        self._requests: Queue[Load | None] = Queue(max_waiting + 1)  # and the request to end
+        self._requests: SimpleQueue[Load | None] = SimpleQueue()  # None = end
         self._finished: SimpleQueue[Result] = SimpleQueue()
         self._max_waiting = max_waiting
         self._n_under_way = 0
@@ -54,16 +59,11 @@ class Prefetcher:
         """Begin to read as soon as what was asked for earlier is read. Ask `can_request` first."""
         assert self.can_request
         self._n_under_way += 1
-        self._requests.put_nowait(load)
+        self._requests.put(load)
 
     def wait(self, load: Load) -> None:
         """Return when `load` is done, well or not: see its `error`."""
         while not load.is_done:
-            self._take_back(self._finished.get())
-
-    def poll(self) -> None:
-        """Mark what is done by now, without waiting."""
-        while not self._finished.empty():
             self._take_back(self._finished.get())
 
     def close(self) -> None:
@@ -81,7 +81,7 @@ class Prefetcher:
             started = time.perf_counter_ns()
             error: Exception | None = None
             try:
-                self._read(load.layer, load.expert, load.parts)
+                self._read(load)
             except Exception as failure:  # whatever it is, the engine's thread must hear of it
                 error = failure
             self._finished.put((load, error, time.perf_counter_ns() - started))

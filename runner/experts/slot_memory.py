@@ -34,6 +34,9 @@ class SlotPart:
         return self.blocks[self.start : self.start + self.n_bytes]
 
 
+Parts = tuple[SlotPart, SlotPart, SlotPart]  # gate, up and down of one expert
+
+
 class SlotMemory:
     """One anonymous mapping in huge pages, for all slots of all layers, used in place by the CPU.
 
@@ -53,7 +56,7 @@ class SlotMemory:
             starts.append(n_bytes)
             n_bytes += slab.stride * n_slots[i // len(_PROJECTIONS)]
         self._starts = starts
-        self._mapping = _private_memory(n_bytes)
+        self._mapping = private_memory(n_bytes)
         self._view = memoryview(self._mapping)
         self.n_bytes = n_bytes
         self._context = Context(backend.ggml, len(self._slabs))
@@ -65,10 +68,25 @@ class SlotMemory:
         self._context.close()
         self._view.release()
 
-    def parts(self, layer: int, slot: int) -> tuple[SlotPart, SlotPart, SlotPart]:
+    def parts(self, layer: int, slot: int) -> Parts:
         """Where gate, up and down of a slot go."""
         gate, up, down = (self._part(layer * 3 + i, slot) for i in range(3))
         return gate, up, down
+
+    def staging_parts(self, layer: int, memory: memoryview) -> Parts:
+        """The parts of a slot of this layer, laid over other memory: see `staging_bytes`."""
+        parts, end = [], 0
+        for slab in self._slabs[layer * 3 : layer * 3 + 3]:
+            parts.append(SlotPart(memory[end : end + slab.stride], slab.start, slab.n_bytes))
+            end += slab.stride
+        gate, up, down = parts
+        return gate, up, down
+
+    @property
+    def staging_bytes(self) -> int:
+        """Memory for the largest expert, laid out like a slot."""
+        strides = [slab.stride for slab in self._slabs]
+        return max(sum(strides[i : i + 3]) for i in range(0, len(strides), 3))
 
     def _part(self, index: int, slot: int) -> SlotPart:
         slab = self._slabs[index]
@@ -112,7 +130,7 @@ class _Slab:
         return cls(info.type.id, (info.shape[0], info.shape[1]), n_bytes, start, stride)
 
 
-def _private_memory(n_bytes: int) -> mmap.mmap:
+def private_memory(n_bytes: int) -> mmap.mmap:
     """Anonymous memory, aligned to pages, that takes room only where it is written."""
     if not hasattr(mmap, "MAP_PRIVATE"):
         return mmap.mmap(-1, n_bytes)

@@ -10,7 +10,7 @@ from collections.abc import Iterable, Sequence
 import numpy as np
 
 from runner.experts import eviction
-from runner.experts.eviction import LFU_HALF_LIFE, n_pinned_at_most
+from runner.experts.eviction import LFU_HALF_LIFE
 
 EMPTY = -1
 _LARGEST_INCREMENT = 2.0**500  # aged counts are scaled down before floats overflow
@@ -29,11 +29,12 @@ class SlotTable:
         self.expert_in = np.full(shape, EMPTY, np.int32)  # residents only
         self.last_used = np.full(self.slot_of.shape, -1, np.int64)  # tokens, one clock per layer
         self.frequency = np.zeros(self.slot_of.shape)  # of uses, aged
+        self.n_uses = np.zeros(self.slot_of.shape, np.int64)
         self.n_evicted = [0] * len(n_slots)
         self._filling = np.full(shape, EMPTY, np.int32)  # the expert that is being read
         self._in_use = np.zeros(shape, bool)
         self._pinned = np.zeros(shape, bool)
-        self._favourites: np.ndarray | None = None  # (n_layer, n_expert) bool, to be pinned
+        self._favourites: list[list[int]] | None = None
         self._n_tokens = [0] * len(n_slots)
 
     # what is asked for
@@ -52,20 +53,34 @@ class SlotTable:
         if n_tokens == 1:  # an expert comes at most once in a token
             self.last_used[layer, expert_ids[0]] = clock
             self.frequency[layer, expert_ids[0]] += increment
+            self.n_uses[layer, expert_ids[0]] += 1
             return
         tokens = np.arange(clock, clock + n_tokens)[:, None]
         np.maximum.at(self.last_used[layer], expert_ids, tokens)
         counts = np.bincount(expert_ids.ravel(), minlength=self.slot_of.shape[1])
         self.frequency[layer] += counts * increment
+        self.n_uses[layer] += counts
 
     def expect(self, frequency: np.ndarray) -> None:
-        """Begin with uses counted earlier, (n_layer, n_expert); `static` pins the most frequent."""
+        """Begin with the aged counts of earlier runs, (n_layer, n_expert).
+
+        The most frequent experts are the favourites: empty slots are for them, and `static` pins
+        them.
+        """
         self.frequency[:] = frequency
         ranked = np.argsort(-frequency, axis=1, kind="stable")
-        self._favourites = np.zeros(frequency.shape, bool)
-        for layer, n_slots in enumerate(self.n_slots):
-            n = n_pinned_at_most(self.policy, n_slots)
-            self._favourites[layer, ranked[layer, :n]] = True
+        self._favourites = [
+            ranked[layer, :n_slots].tolist() for layer, n_slots in enumerate(self.n_slots)
+        ]
+
+    def favourites(self, layer: int) -> list[int]:
+        """The experts that empty slots are for, the most frequent first; [] if not known."""
+        return self._favourites[layer] if self._favourites is not None else []
+
+    def n_empty(self, layer: int) -> int:
+        """Slots that nobody has."""
+        n_taken = (self.expert_in[layer] != EMPTY) | (self._filling[layer] != EMPTY)
+        return self.n_slots[layer] - int(n_taken.sum())
 
     def worth(self, layer: int) -> np.ndarray:
         """How much each expert of a layer is worth keeping, (n_expert,)."""
@@ -180,7 +195,7 @@ class SlotTable:
         return expert
 
     def _is_worth_a_pin(self, layer: int, expert: int) -> bool:
-        n_pinned = int(self._pinned[layer].sum())
-        if n_pinned >= n_pinned_at_most(self.policy, self.n_slots[layer]):
+        n_pins = eviction.n_pinned_at_most(self.policy, self.n_slots[layer])
+        if n_pins == 0 or int(self._pinned[layer].sum()) >= n_pins:
             return False
-        return self._favourites is None or bool(self._favourites[layer, expert])
+        return self._favourites is None or expert in self._favourites[layer][:n_pins]

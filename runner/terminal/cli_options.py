@@ -3,6 +3,7 @@
 Every flag has an environment twin: `--ctx-size` is `BUDDYRUN_CTX_SIZE`. A flag beats its twin.
 """
 
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -296,7 +297,10 @@ def _shown_name(context: click.Context, name: str) -> str:
 def engine_config(params: Params) -> EngineConfig:
     """The engine's settings in the parameters of a command; what it lacks keeps its default."""
     names = EngineConfig.__dataclass_fields__
-    return EngineConfig(**{name: params[name] for name in names if name in params})
+    values = {name: params[name] for name in names if name in params}
+    if values.get("moe_cache_profile"):  # the engine's process has another working directory
+        values["moe_cache_profile"] = os.path.abspath(values["moe_cache_profile"])
+    return EngineConfig(**values)
 
 
 def sampling_config(params: Params) -> SamplingConfig:

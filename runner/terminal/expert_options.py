@@ -15,7 +15,7 @@ from runner.config import (
     EngineConfig,
 )
 from runner.errors import OptionError
-from runner.terminal.cli_options import Params, engine_config, flag
+from runner.terminal.cli_options import FILE, Params, engine_config, flag
 
 _SIZE_WORDS = {"auto": MOE_CACHE_AUTO, "off": MOE_CACHE_OFF}
 
@@ -68,6 +68,13 @@ EXPERT_FLAGS = (
         " but the most used ones.",
         type=click.Choice(CACHE_POLICIES),
         default=EngineConfig.moe_cache_policy,
+    ),
+    flag(
+        *("--moe-cache-profile", "moe_cache_profile"),
+        help="Begin with the experts that were used most in earlier runs with this file. It is"
+        " made when it does not exist, and kept current.",
+        type=FILE,
+        default=EngineConfig.moe_cache_profile,
     ),
     flag(
         *("--moe-miss", "moe_miss"),
