@@ -330,6 +330,7 @@ class Engine:
         assert self._cache is not None
         runner = ExpertRunner(self._cache, self._graphs.passes, self._stats, self.config.moe_miss)
         runner.measure_costs()
+        runner.start_filling()
         return runner
 
     def _allocate(self, owned: ExitStack) -> EngineParts:

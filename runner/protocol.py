@@ -90,7 +90,7 @@ class GenerateResult:
     n_past: int  # tokens in the context after the answer
     n_ctx: int
     seed: int
-    n_hit: int = 0  # (token, expert) pairs of prompt and answer, as `runner.stats` tells them apart
+    n_hit: int = 0  # (token, expert) pairs behind the prompt, as `runner.stats` tells them apart
     n_loaded: int = 0
     n_on_host: int = 0
     n_substituted: int = 0

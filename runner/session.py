@@ -141,14 +141,14 @@ class Answer:
         self._n_cached = 0
         self._n_generated = 0
         self._prompt_end = time.perf_counter()
+        self._after_prompt = model.engine.snapshot()
 
     def make(self, tokens: list[int], sampler: Sampler, cancelled: Cancelled) -> GenerateResult:
         """Generate to the end; the text goes to `emit`, what it cost is returned."""
-        engine = self._model.engine
-        started, before = time.perf_counter(), engine.snapshot()
+        engine, started = self._model.engine, time.perf_counter()
         stop_reason = self._generate(tokens, sampler, cancelled)
         self._emit_text(self._detokenizer.flush())
-        counted = engine.snapshot().counted_since(before)
+        counted = engine.snapshot().counted_since(self._after_prompt)
         return GenerateResult(
             stop_reason=stop_reason,
             n_prompt=len(tokens),
@@ -187,6 +187,7 @@ class Answer:
     def _on_prompt(self, done: int, total: int, n_cached: int) -> None:
         self._n_cached = n_cached
         self._prompt_end = time.perf_counter()
+        self._after_prompt = self._model.engine.snapshot()
         self._emit(PromptProgress(done, total, n_cached))
 
     def _emit_text(self, text: str) -> None:

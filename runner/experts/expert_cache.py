@@ -12,13 +12,13 @@ from quant.gguf_file import GGUFFile
 from runner.experts.expert_store import ExpertStore
 from runner.experts.prefetcher import Load, Prefetcher
 from runner.experts.slot_memory import Parts, SlotMemory, private_memory
-from runner.experts.slot_table import SlotTable
+from runner.experts.slot_table import EMPTY, SlotTable
 from runner.model_config import ModelConfig
 from runner.weights import ExpertSlabs
 
 READ_AHEAD = True
 _NO_SLOT = -1
-_MAX_WAITING = 8  # loads asked for ahead; more would only wait in the queue
+_N_GUESSES = 1  # at a time
 
 
 class ExpertCache:
@@ -40,7 +40,7 @@ class ExpertCache:
             self._memory = SlotMemory(backend, file, config, n_slots)
             owned.callback(self._memory.close)
             self._staging = memoryview(private_memory(self._memory.staging_bytes))
-            self._prefetcher = Prefetcher(self._fill, _MAX_WAITING)
+            self._prefetcher = Prefetcher(self._read, sum(n_slots) + _N_GUESSES)
             owned.callback(self._prefetcher.close)
             self._owned = owned.pop_all()
         self._under_way: list[Load] = []
@@ -97,6 +97,26 @@ class ExpertCache:
         else:
             self.table.fail(load.layer, load.slot)
 
+    # filling while nothing else is to do
+
+    def start_filling(self) -> None:
+        """Begin to read experts into empty slots: favourites, or else any. Call `stop_filling`
+        before anything else is asked for."""
+        for rank in range(max(self.table.n_slots)):
+            for layer, n_slots in enumerate(self.table.n_slots):
+                order = self.table.favourites(layer) or range(n_slots)
+                if rank < n_slots and self.table.slot_of[layer, order[rank]] == EMPTY:
+                    self.start_load(layer, order[rank])
+
+    def stop_filling(self) -> list[Load]:
+        """Begin no further loads; returns those that are done, their experts resident."""
+        loads = list(self._under_way)
+        for load in reversed(loads):  # what would begin last is stopped first
+            load.is_unwanted = True
+        for load in loads:
+            self.settle(load)
+        return [load for load in loads if load.error is None]
+
     # guesses
 
     def start_guess(self, layer: int, expert: int) -> Load | None:
@@ -116,7 +136,7 @@ class ExpertCache:
 
     # the prefetcher's thread
 
-    def _fill(self, load: Load) -> None:
+    def _read(self, load: Load) -> None:
         if load.slot != _NO_SLOT:
             self.store.read(load.layer, load.expert, load.parts, load.n_ready_bytes)
             load.n_read_bytes = max(0, self.store.n_bytes(load.layer) - load.n_ready_bytes)

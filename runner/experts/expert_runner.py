@@ -31,6 +31,7 @@ class ExpertRunner:
         self._stats = stats
         self._miss_action = miss_action
         self._guess: Load | None = None
+        self._is_filling = False
         self.wait_ns = 0  # spent waiting for reads, since the model was loaded
 
     def measure_costs(self) -> None:
@@ -49,15 +50,35 @@ class ExpertRunner:
                 spent_ns = self._passes.run(0, on_host, pair, slot)
             store.observe_compute(n_bytes, spent_ns / 1e9, on_host)
 
+    def start_filling(self) -> None:
+        """Read experts into empty slots until the first batch comes.
+
+        Not where slots are pinned to what is used first, nor where the file is likely in memory.
+        """
+        table = self._cache.table
+        if self._cache.store.is_direct and (table.policy != "static" or table.favourites(0)):
+            self._cache.start_filling()
+            self._is_filling = True
+
+    def _stop_filling(self) -> None:
+        self._is_filling = False
+        for load in self._cache.stop_filling():
+            self._stats.record_read(load.layer, load.n_read_bytes, load.duration_ns)
+
     def serve(self, graph: BatchGraph, layer: int, expert_ids: np.ndarray) -> RoutingPlan:
         """Decide how the routed layer's pairs are computed, and see that they can be.
 
         expert_ids (n, n_expert_used) int32. Raises what a failed read raised; then the layer's
         slots are in order and nothing of the batch may be used.
         """
+        if self._is_filling:
+            self._stop_filling()
         table = self._cache.table
-        if not table.is_full(layer):
-            table.record_use(layer, expert_ids)
+        if table.has_all(layer):
+            graph.apply(table.slot_of[layer][expert_ids])
+            self._guess_ahead(graph, layer)
+            return miss_policy.all_resident(expert_ids)
+        table.record_use(layer, expert_ids)
         plan = self._plan(layer, expert_ids)
         guess = self._end_guess(layer, plan)
         extra = self._favourites_to_place(layer, plan) if graph.shape.n_tokens > 1 else []
@@ -84,6 +105,9 @@ class ExpertRunner:
         """Begin to read what the next layer will probably ask for and does not have."""
         if not graph.has_prediction(layer):
             return
+        if self._guess is not None:  # left from a batch that failed
+            self._cache.stop_guess(self._guess)
+            self._guess = None
         slot_of = self._cache.table.slot_of[layer + 1]
         for expert in graph.predicted_experts():
             if slot_of[expert] < 0:

@@ -23,13 +23,19 @@ class Load:
     parts: Parts  # lent until `is_done`
     n_ready_bytes: int = 0  # of `parts`, from the start; where reading begins, then where it is
     n_read_bytes: int = 0  # by this load, without what was ready before
-    is_unwanted: bool = False  # set by the engine's thread: stop between two reads
+    is_unwanted: bool = False  # set by the engine's thread: do not begin, or stop between reads
     is_done: bool = False  # written, like the rest below, when the engine's thread takes it back
     error: Exception | None = field(default=None)
     duration_ns: int = 0
 
 
 Read = Callable[[Load], None]
+
+
+class UnwantedError(Exception):
+    """A load that was not begun because nobody wanted it any more."""
+
+
 Result = tuple[Load, Exception | None, int]  # with the nanoseconds that the read took
 
 
@@ -81,6 +87,8 @@ class Prefetcher:
             started = time.perf_counter_ns()
             error: Exception | None = None
             try:
+                if load.is_unwanted:
+                    raise UnwantedError
                 self._read(load)
             except Exception as failure:  # whatever it is, the engine's thread must hear of it
                 error = failure

@@ -7,6 +7,7 @@ that place too, with a block's gap between them, and whole blocks are read strai
 
 import mmap
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 
 import numpy as np
@@ -67,6 +68,8 @@ class SlotMemory:
         self._buffer.close()
         self._context.close()
         self._view.release()
+        with suppress(BufferError):  # a part is still in use somewhere; the last one frees it
+            self._mapping.close()
 
     def parts(self, layer: int, slot: int) -> Parts:
         """Where gate, up and down of a slot go."""

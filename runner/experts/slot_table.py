@@ -35,6 +35,7 @@ class SlotTable:
         self._in_use = np.zeros(shape, bool)
         self._pinned = np.zeros(shape, bool)
         self._favourites: list[list[int]] | None = None
+        self._n_resident = [0] * len(n_slots)
         self._n_tokens = [0] * len(n_slots)
 
     # what is asked for
@@ -98,6 +99,10 @@ class SlotTable:
         """Whether every expert of the layer has a slot of its own."""
         return self.n_slots[layer] == self.slot_of.shape[1]
 
+    def has_all(self, layer: int) -> bool:
+        """Whether every expert of the layer is resident; none of them will leave then."""
+        return self._n_resident[layer] == self.slot_of.shape[1]
+
     def n_unpinned(self, layer: int) -> int:
         """Slots whose expert may change."""
         return self.n_slots[layer] - int(self._pinned[layer].sum())
@@ -142,6 +147,7 @@ class SlotTable:
         expert = self._end_filling(layer, slot)
         self.slot_of[layer, expert] = slot
         self.expert_in[layer, slot] = expert
+        self._n_resident[layer] += 1
         if self._is_worth_a_pin(layer, expert):
             self._pinned[layer, slot] = True
 
@@ -186,6 +192,7 @@ class SlotTable:
         if expert != EMPTY:
             self.slot_of[layer, expert] = EMPTY
             self.expert_in[layer, slot] = EMPTY
+            self._n_resident[layer] -= 1
             self.n_evicted[layer] += 1
 
     def _end_filling(self, layer: int, slot: int) -> int:
