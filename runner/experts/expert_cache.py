@@ -3,6 +3,7 @@
 Knows no graph and no policy of misses.
 """
 
+import mmap
 from contextlib import ExitStack
 
 import numpy as np
@@ -16,7 +17,6 @@ from runner.experts.slot_table import EMPTY, SlotTable
 from runner.model_config import ModelConfig
 from runner.weights import ExpertSlabs
 
-READ_AHEAD = True
 _NO_SLOT = -1
 _N_GUESSES = 1  # at a time
 
@@ -40,12 +40,18 @@ class ExpertCache:
             self._memory = SlotMemory(backend, file, config, n_slots)
             owned.callback(self._memory.close)
             self._staging = memoryview(private_memory(self._memory.staging_bytes))
+            if self.reads_ahead:  # take the memory now, not when a guess first comes so far
+                np.frombuffer(self._staging, np.uint8)[:: mmap.PAGESIZE] = 0
             self._prefetcher = Prefetcher(self._read, sum(n_slots) + _N_GUESSES)
             owned.callback(self._prefetcher.close)
             self._owned = owned.pop_all()
         self._under_way: list[Load] = []
+        self._guesses: list[Load] = []  # the latest
 
     def close(self) -> None:
+        """End the reading thread, after the read that it is at, and free the slots."""
+        for load in (*self._under_way, *self._guesses):
+            load.is_unwanted = True
         self._owned.close()
 
     @property
@@ -62,7 +68,7 @@ class ExpertCache:
     def reads_ahead(self) -> bool:
         """Whether guesses can be read: where reads do not go through the system's page cache."""
         is_complete = all(map(self.table.is_full, range(len(self.table.n_slots))))
-        return READ_AHEAD and self.store.is_direct and not is_complete
+        return self.store.is_direct and not is_complete
 
     def can_load(self, layer: int) -> bool:
         """Whether `start_load` would find a slot."""
@@ -127,6 +133,7 @@ class ExpertCache:
             return None
         guess = Load(layer, expert, _NO_SLOT, parts)
         self._prefetcher.request(guess)
+        self._guesses = [guess]
         return guess
 
     def stop_guess(self, guess: Load) -> None:

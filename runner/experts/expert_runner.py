@@ -124,7 +124,8 @@ class ExpertRunner:
         self.wait_ns += time.perf_counter_ns() - started
         self._stats.record_read(guess.layer, guess.n_ready_bytes, guess.duration_ns)
         is_right = guess.layer == layer and guess.expert in plan.loads and guess.error is None
-        self._stats.record_prefetch(int(is_right), int(not is_right))
+        if guess.n_ready_bytes:
+            self._stats.record_prefetch(int(is_right), int(not is_right))
         return guess if is_right else None
 
     def finish(self, load: Load) -> None:

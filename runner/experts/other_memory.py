@@ -42,10 +42,12 @@ def other_memory(
 ) -> OtherMemory:
     """Memory for n_ctx tokens in batches of n_batch, on a machine with `available` bytes."""
     per_token = kv_bytes_per_token(model, config.cache_type_k, config.cache_type_v)
+    staging_bytes = max(sizes.expert_bytes, default=0)  # an expert that is read ahead
+    compute_bytes = graph_bytes(model, n_batch) + state_bytes(model, n_ctx, n_batch)
     return OtherMemory(
         weights_bytes=sizes.non_expert_bytes,
         kv_bytes=per_token * n_ctx,
-        compute_bytes=graph_bytes(model, n_batch) + state_bytes(model, n_ctx, n_batch),
+        compute_bytes=compute_bytes + staging_bytes,
         headroom_bytes=HEADROOM_BYTES + int(HEADROOM_SHARE * (available or 0)),
     )
 
