@@ -3,7 +3,7 @@ VENV   ?= .venv
 PYTHON ?= python3
 BIN    := $(VENV)/bin
 
-.PHONY: demo test quick style quality speed clean
+.PHONY: demo test quick style quality speed capped clean
 
 demo: $(VENV)/.installed  ## Chat with the model that ships inside the package
 	$(BIN)/buddyrun demo
@@ -25,6 +25,9 @@ quality: $(VENV)/.installed-dev  ## What a change must pass besides the tests
 
 speed: $(VENV)/.installed-dev  ## Compare speed and memory with llama.cpp (2.5 GB on disk)
 	$(BIN)/python -m tests.compare_speed
+
+capped: $(VENV)/.installed-dev  ## The same where memory is too small (Linux, as root)
+	$(BIN)/python -m tests.compare_capped
 
 clean:
 	rm -rf $(VENV) build dist .pytest_cache .mypy_cache .ruff_cache

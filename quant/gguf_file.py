@@ -108,7 +108,7 @@ class GGUFFile:
         """Fill `into` past the system's page cache: see `ReadOnlyFile.read_direct`."""
         self._files[shard].read_direct(offset, into)
 
-    def is_cached(self, part: ByteRange, n_probes: int = 8) -> bool:
+    def is_cached(self, part: ByteRange, n_probes: int = 4) -> bool:
         """Whether evenly spaced pages of `part`, both ends included, are all in memory."""
         file, last = self._files[part.shard], part.n_bytes - 1
         steps = max(1, n_probes - 1)

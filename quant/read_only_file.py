@@ -98,7 +98,10 @@ class ReadOnlyFile:
             done += n
 
     def is_cached(self, offset: int) -> bool:
-        """Whether the system has the page around this byte in memory; False if it cannot say."""
+        """Whether the system has the page around this byte in memory; False if it cannot say.
+
+        When it has not, asking may bring the page in.
+        """
         if not hasattr(os, "RWF_NOWAIT"):
             return False
         try:

@@ -28,7 +28,7 @@ class RoutingPlan:
 
 def all_resident(expert_ids: np.ndarray) -> RoutingPlan:
     """The plan of a layer that has every expert; expert_ids (n_tokens, n_expert_used) int32."""
-    return RoutingPlan(expert_ids, (), (), expert_ids.size, 0, 0)
+    return RoutingPlan(expert_ids.copy(), (), (), expert_ids.size, 0, 0)
 
 
 def exact(
@@ -48,4 +48,4 @@ def exact(
     host = tuple(expert for expert in missing if expert in on_host)
     n_loaded, n_on_host = int(counts[list(loads)].sum()), int(counts[list(host)].sum())
     n_hit = expert_ids.size - n_loaded - n_on_host
-    return RoutingPlan(expert_ids, loads, host, n_hit, n_loaded, n_on_host)
+    return RoutingPlan(expert_ids.copy(), loads, host, n_hit, n_loaded, n_on_host)

@@ -42,9 +42,8 @@ class ExpertRunner:
         self.finish(load)
         pair = np.zeros(1, np.int64)
         n_bytes = store.n_bytes(0)
-        for on_host in (False, True):
-            if on_host and not (self._passes.has_host(0) and store.is_in_memory(0, expert)):
-                continue
+        can_host = store.has_room and self._passes.has_host(0) and store.is_in_memory(0, expert)
+        for on_host in (False, True) if can_host else (False,):
             slot = np.array([expert if on_host else load.slot])
             for _ in range(_N_WARM_UP + 1):
                 spent_ns = self._passes.run(0, on_host, pair, slot)

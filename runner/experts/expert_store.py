@@ -41,6 +41,7 @@ class ExpertStore:
             tuple(expert_ranges(file, config, layer, expert) for expert in range(config.n_expert))
             for layer in range(config.n_layer)
         )
+        self.has_room = has_room
         self.is_direct = not has_room and file.open_direct()
         self._drops_pages = not has_room and not self.is_direct
         largest = max(part.n_bytes for row in self._ranges for part in row[0].parts)
@@ -128,8 +129,12 @@ class ExpertStore:
     def is_cheaper_on_host(self, layer: int, expert: int) -> bool:
         """Whether computing from the mapping beats reading into a slot and computing there.
 
-        A later hit saves nothing here, since a slot and the mapping compute equally fast.
+        A later hit saves nothing here, since a slot and the mapping compute equally fast. Without
+        room for the file's pages the answer is no: they would not stay, and asking for them brings
+        some in.
         """
+        if not self.has_room:
+            return False
         if self._host_s_per_byte > self._read_s_per_byte + self._slot_s_per_byte:
             return False
         return self.is_in_memory(layer, expert)

@@ -11,8 +11,8 @@ from runner.model_config import ModelConfig
 from runner.model_sizes import ModelSizes, kv_bytes_per_token
 
 # Python, the libraries, the vocabulary, graphs, and what else the machine does meanwhile.
-HEADROOM_BYTES = 128 << 20
-HEADROOM_SHARE = 0.03  # of the available memory
+HEADROOM_BYTES = 96 << 20
+HEADROOM_SHARE = 0.02  # of the available memory
 
 _F32_BYTES = 4
 _F16_BYTES = 2
