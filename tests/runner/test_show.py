@@ -43,9 +43,9 @@ def test_a_size_is_answered_with_slots_and_the_memory_around_them() -> None:
     ]
     assert "    other weights     3.98 MB" in lines
     assert "    KV cache          4.19 MB for 1024 tokens" in lines
-    assert "    headroom          164 MB" in lines
+    assert "    headroom          121 MB" in lines
     assert "    memory available  1.00 GB" in lines
-    assert lines[-1].startswith("    left              80")
+    assert lines[-1].startswith("    left              8")
 
 
 def test_context_batch_and_cache_types_change_what_is_left() -> None:
@@ -68,7 +68,7 @@ def test_json_has_every_figure() -> None:
 def test_auto_says_what_it_would_choose_here(monkeypatch: pytest.MonkeyPatch) -> None:
     fits = "    slots             none: all experts fit, and are used where the file is mapped"
     assert cache_section("--moe-cache", "auto")[0] == fits
-    monkeypatch.setattr("runner.show.available_memory_bytes", lambda: 180_000_000)
+    monkeypatch.setattr("runner.show.available_memory_bytes", lambda: 140_000_000)
     assert cache_section("--moe-cache", "auto")[0].startswith("    slots per layer")
     off = cache_section("--moe-cache", "off")
     assert off[0] == "    slots             none: experts are used where the file is mapped"
