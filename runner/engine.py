@@ -14,28 +14,22 @@ import numpy as np
 
 from quant.ggml import Backend
 from quant.gguf_file import GGUFFile
-from runner import context_shift, miss_policy
+from runner import context_shift, loading, miss_policy
 from runner.batch_graph import BatchGraph
 from runner.checks.file_check import check_unchanged
 from runner.checks.read_model import read_model
 from runner.config import EngineConfig
-from runner.device_state import BatchShape, DeviceState, EngineParts
+from runner.device_state import BatchShape
 from runner.engine_limits import choose_limits
 from runner.errors import CancelledError, ContextFullError, OptionError
-from runner.experts.cache_plan import CachePlan, plan_cache
-from runner.experts.eviction import frequency_of
-from runner.experts.expert_cache import ExpertCache
+from runner.experts.cache_plan import plan_cache
 from runner.experts.expert_runner import ExpertRunner
-from runner.experts.expert_store import ExpertStore
-from runner.experts.usage_file import UsageFile
 from runner.graph_cache import GraphCache
 from runner.hardware import available_memory_bytes
-from runner.kv_cache import KVCache, padded_context
+from runner.kv_cache import padded_context
 from runner.miss_policy import RoutingPlan
-from runner.model_sizes import is_expert_tensor, model_sizes
-from runner.page_in import page_in
+from runner.model_sizes import model_sizes
 from runner.stats import StatsRecorder, StatsSnapshot
-from runner.weights import Weights
 
 Progress = Callable[[str, int, int], None]
 Cancelled = Callable[[], bool]
@@ -65,25 +59,44 @@ class Engine:
         """
         report = on_progress or (lambda stage, done, total: None)
         self.config = config
-        self._usage: UsageFile | None = None
         with ExitStack() as owned:
             self.file = owned.enter_context(GGUFFile.open(path))
-            self.model_config = read_model(self.file)
-            self._limits = choose_limits(config, self.model_config)
-            self.notes = self.model_config.notes + self._limits.notes
-            self.backend = owned.enter_context(Backend.cpu(self._limits.n_threads))
-            self.cache_plan = self._plan_cache()
-            self.notes += self.cache_plan.notes
-            self._page_in(report, cancelled)
-            self._stats = StatsRecorder(self.model_config.n_layer, self.cache_plan.n_slots)
-            self._cache = self._make_cache(owned) if self.cache_plan.n_slots else None
-            self._parts = self._allocate(owned)
-            largest = BatchShape(self._limits.n_batch, padded_context(self.n_ctx))
+            self.model_config = model = read_model(self.file)
+            self._limits = limits = choose_limits(config, model)
+            self.backend = backend = owned.enter_context(Backend.cpu(limits.n_threads))
+            self.cache_plan = plan = plan_cache(
+                config,
+                model,
+                model_sizes(self.file, model),
+                limits.n_ctx,
+                limits.n_batch,
+                available_memory_bytes(),
+            )
+            self.notes = model.notes + limits.notes + plan.notes
+            self.notes += loading.page_in_weights(self.file, plan, report, cancelled)
+            self._stats = StatsRecorder(model.n_layer, plan.n_slots)
+            self._cache = loading.make_cache(
+                backend, self.file, model, config.moe_cache_policy, plan
+            )
+            if self._cache is not None:
+                owned.callback(self._cache.close)
+            self._usage = loading.open_usage(config, self.file, model, self._cache)
+            self._parts = loading.allocate(backend, self.file, model, limits, self._cache, owned)
+            self.notes += loading.scattered_notes(self._parts.weights)
+            largest = BatchShape(limits.n_batch, padded_context(limits.n_ctx))
             self._graphs = GraphCache(self._parts, largest)
             owned.callback(self._graphs.close)
-            self._experts = self._make_runner() if self._cache else None
+            self._experts = self._make_runner()
             self._owned = owned.pop_all()
         self._tokens: list[int] = []  # what the KV cache holds, in order
+
+    def _make_runner(self) -> ExpertRunner | None:
+        if self._cache is None:
+            return None
+        runner = ExpertRunner(self._cache, self._graphs.passes, self._stats, self.config.moe_miss)
+        runner.measure_costs()
+        runner.start_filling()
+        return runner
 
     def close(self) -> None:
         self._owned.close()
@@ -289,65 +302,3 @@ class Engine:
             raise
         del self._tokens[n_keep : n_keep + n_discard]
         return True
-
-    # loading
-
-    def _plan_cache(self) -> CachePlan:
-        """How many slots each layer gets, by the settings and the memory that is free now."""
-        sizes = model_sizes(self.file, self.model_config)
-        n_ctx, n_batch = self._limits.n_ctx, self._limits.n_batch
-        available = available_memory_bytes()
-        return plan_cache(self.config, self.model_config, sizes, n_ctx, n_batch, available)
-
-    def _page_in(self, report: Progress, cancelled: Cancelled) -> None:
-        """Read what is used in place: everything, or all but the experts if they have slots."""
-        has_slots = bool(self.cache_plan.n_slots)
-        parts = [
-            tensor.range
-            for tensor in self.file.tensors.values()
-            if not (has_slots and is_expert_tensor(tensor.name))
-        ]
-        if not page_in(self.file, parts, report, cancelled):
-            self.notes += ("The model is larger than the free memory: expect it to be slow.",)
-
-    def _make_cache(self, owned: ExitStack) -> ExpertCache:
-        plan, config = self.cache_plan, self.model_config
-        all_bytes = (
-            plan.n_bytes + plan.other_bytes + model_sizes(self.file, config).all_experts_bytes
-        )
-        has_room = plan.available_bytes is None or all_bytes <= plan.available_bytes
-        store = ExpertStore(self.file, config, has_room)
-        policy = self.config.moe_cache_policy
-        cache = ExpertCache(self.backend, self.file, config, store, plan.n_slots, policy)
-        owned.callback(cache.close)
-        if self.config.moe_cache_profile:
-            self._usage = UsageFile(self.config.moe_cache_profile, self.file, config)
-            if self._usage.earlier.any():
-                cache.table.expect(frequency_of(self._usage.earlier, config.n_expert_used))
-        return cache
-
-    def _make_runner(self) -> ExpertRunner:
-        assert self._cache is not None
-        runner = ExpertRunner(self._cache, self._graphs.passes, self._stats, self.config.moe_miss)
-        runner.measure_costs()
-        runner.start_filling()
-        return runner
-
-    def _allocate(self, owned: ExitStack) -> EngineParts:
-        config, limits, cache = self.model_config, self._limits, self._cache
-        weights = Weights(self.file, config, self.backend, limits.n_ctx, copies_experts=not cache)
-        owned.callback(weights.close)
-        kv = KVCache(self.backend, config, limits.n_ctx, limits.type_k, limits.type_v)
-        owned.callback(kv.close)
-        has_passes = cache is not None
-        state = DeviceState(self.backend, config, limits.n_batch, limits.n_ctx, has_passes)
-        owned.callback(state.close)
-        if weights.n_copied_bytes:
-            self.notes += (
-                f"{weights.n_copied_bytes / 1e9:.1f} GB of experts lie scattered in this file and "
-                "were copied to memory; converting it with a current llama.cpp avoids that.",
-            )
-        in_place = tuple(layer.experts for layer in weights.layers)
-        slabs = cache.slabs if cache is not None else in_place
-        predicts = cache is not None and cache.reads_ahead
-        return EngineParts(self.backend, config, weights, slabs, kv, state, predicts)

@@ -1,0 +1,95 @@
+"""The steps that bring a model into memory, in the order of `Engine.__init__`. Computes nothing."""
+
+from collections.abc import Callable
+from contextlib import ExitStack
+
+from quant.ggml import Backend
+from quant.gguf_file import GGUFFile
+from runner.config import EngineConfig
+from runner.device_state import DeviceState, EngineParts
+from runner.engine_limits import EngineLimits
+from runner.experts.cache_plan import CachePlan
+from runner.experts.eviction import frequency_of
+from runner.experts.expert_cache import ExpertCache
+from runner.experts.expert_store import ExpertStore
+from runner.experts.usage_file import UsageFile
+from runner.kv_cache import KVCache
+from runner.model_config import ModelConfig
+from runner.model_sizes import is_expert_tensor, model_sizes
+from runner.page_in import page_in
+from runner.weights import Weights
+
+
+def page_in_weights(
+    file: GGUFFile,
+    plan: CachePlan,
+    report: Callable[[str, int, int], None],
+    cancelled: Callable[[], bool],
+) -> tuple[str, ...]:
+    """Read what is used in place: everything, or all but the experts if they have slots.
+
+    Returns what the user should know. Raises CancelledError.
+    """
+    parts = [
+        tensor.range
+        for tensor in file.tensors.values()
+        if not (plan.n_slots and is_expert_tensor(tensor.name))
+    ]
+    if page_in(file, parts, report, cancelled):
+        return ()
+    return ("The model is larger than the free memory: expect it to be slow.",)
+
+
+def make_cache(
+    backend: Backend, file: GGUFFile, model: ModelConfig, policy: str, plan: CachePlan
+) -> ExpertCache | None:
+    """The experts' slots, still empty; None where experts are used in place."""
+    if not plan.n_slots:
+        return None
+    all_bytes = plan.n_bytes + plan.other_bytes + model_sizes(file, model).all_experts_bytes
+    has_room = plan.available_bytes is None or all_bytes <= plan.available_bytes
+    store = ExpertStore(file, model, has_room)
+    return ExpertCache(backend, file, model, store, plan.n_slots, policy)
+
+
+def open_usage(
+    config: EngineConfig, file: GGUFFile, model: ModelConfig, cache: ExpertCache | None
+) -> UsageFile | None:
+    """The profile of expert uses, if one is named, and the cache told of it. Raises OptionError."""
+    if not config.moe_cache_profile or cache is None:
+        return None
+    usage = UsageFile(config.moe_cache_profile, file, model)
+    if usage.earlier.any():
+        cache.table.expect(frequency_of(usage.earlier, model.n_expert_used))
+    return usage
+
+
+def allocate(
+    backend: Backend,
+    file: GGUFFile,
+    model: ModelConfig,
+    limits: EngineLimits,
+    cache: ExpertCache | None,
+    owned: ExitStack,
+) -> EngineParts:
+    """Weights in place, context and state; `owned` closes them."""
+    weights = Weights(file, model, backend, limits.n_ctx, copies_experts=cache is None)
+    owned.callback(weights.close)
+    kv = KVCache(backend, model, limits.n_ctx, limits.type_k, limits.type_v)
+    owned.callback(kv.close)
+    state = DeviceState(backend, model, limits.n_batch, limits.n_ctx, has_passes=cache is not None)
+    owned.callback(state.close)
+    in_place = tuple(layer.experts for layer in weights.layers)
+    slabs = cache.slabs if cache is not None else in_place
+    predicts = cache is not None and cache.reads_ahead
+    return EngineParts(backend, model, weights, slabs, kv, state, predicts)
+
+
+def scattered_notes(weights: Weights) -> tuple[str, ...]:
+    """What the user should know of weights that could not be used in place."""
+    if not weights.n_copied_bytes:
+        return ()
+    return (
+        f"{weights.n_copied_bytes / 1e9:.1f} GB of experts lie scattered in this file and were "
+        "copied to memory; converting it with a current llama.cpp avoids that.",
+    )
