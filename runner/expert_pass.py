@@ -77,11 +77,13 @@ class ExpertPasses:
         key = (layer, on_host, len(pairs))
         experts = self._kept.get(key) or self._build(key)
         started = time.perf_counter_ns()
-        experts.run(pairs, slots)
+        try:
+            experts.run(pairs, slots)
+        finally:
+            if key not in self._kept:
+                experts.close()
         spent_ns = time.perf_counter_ns() - started
         self.compute_ns += spent_ns
-        if key not in self._kept:
-            experts.close()
         return spent_ns
 
     def has_host(self, layer: int) -> bool:

@@ -55,7 +55,11 @@ def _left_in_groups() -> list[int]:
     """What each limited group from this process's up to the root can still get, v1 or v2."""
     v2 = _group_folders("", _CGROUPS)
     v1 = _group_folders("memory", _CGROUPS / "memory")
-    left = [_left_in(folder, "memory.max", "memory.current", "") for folder in v2]
+    left = [
+        _left_in(folder, limit, "memory.current", "")
+        for folder in v2
+        for limit in ("memory.max", "memory.high")  # above high the system slows a group down
+    ]
     left += [
         _left_in(folder, "memory.limit_in_bytes", "memory.usage_in_bytes", "total_")
         for folder in v1

@@ -3,7 +3,7 @@
 import re
 import time
 from collections.abc import Callable, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 
 from runner import speed_test
@@ -92,7 +92,8 @@ class Session:
         opening = _THINK + "\n" if _opens_thinking(text, request) else ""
         with Sampler(model.tokenizer, request.sampling, tokens) as sampler:
             result = Answer(model, request, emit, opening).make(tokens, sampler, cancelled)
-        model.engine.save_usage()
+        with suppress(OptionError):  # told when the model was loaded; the answer counts more
+            model.engine.save_usage()
         return result
 
     def bench(

@@ -11,7 +11,7 @@ from runner.experts.other_memory import OtherMemory, other_memory
 from runner.model_config import ModelConfig
 from runner.model_sizes import ModelSizes
 
-_GAPS_PER_SLOT = 3  # a block per matrix, so that whole blocks of the file can be read
+_MATRICES = 3  # each with a gap of a block, so that whole blocks of the file can be read
 
 
 @dataclass(frozen=True)
@@ -65,8 +65,13 @@ def plan_cache(
 
 
 def slot_bytes(expert_bytes: int) -> int:
-    """Memory of a slot for an expert of so many bytes, gaps included."""
-    return expert_bytes + _GAPS_PER_SLOT * BLOCK_BYTES
+    """Most memory of a slot for an expert of so many bytes, gaps included.
+
+    Exact for the usual experts, whose matrices are whole blocks.
+    """
+    if expert_bytes % BLOCK_BYTES == 0:
+        return expert_bytes + _MATRICES * BLOCK_BYTES
+    return expert_bytes + _MATRICES * (2 * BLOCK_BYTES - 1)
 
 
 def share_out(budget: int, costs: Sequence[int], n_expert: int) -> tuple[int, ...]:
@@ -136,14 +141,15 @@ def _shortage(
     hold = f"{bytes_text(plan.budget_bytes)} hold only {min(plan.n_slots)}"
     if config.moe_cache_bytes != MOE_CACHE_AUTO:
         return f"--moe-cache: {need} {hold}; the smallest that works is {smallest_text}"
+    fits = smallest <= (plan.available_bytes or 0)
+    enough = f". The smallest that works is {smallest_text}" if fits else ""
     return (
         f"--moe-cache auto: {bytes_text(plan.available_bytes or 0)} of memory are free and the "
         f"model takes {bytes_text(other.n_bytes)} besides its experts (weights "
         f"{bytes_text(other.weights_bytes)}, keys and values {bytes_text(other.kv_bytes)}, "
         f"compute memory {bytes_text(other.compute_bytes)}, headroom "
         f"{bytes_text(other.headroom_bytes)}); {need} the remaining {hold}: use a smaller -c or "
-        f"-b. The smallest that works is {smallest_text}; --moe-cache off reads experts from the "
-        "mapped file, slowly"
+        f"-b{enough}; --moe-cache off reads experts from the mapped file, slowly"
     )
 
 
@@ -159,8 +165,8 @@ def _check_room(config: EngineConfig, plan: CachePlan) -> None:
     if plan.available_bytes is not None and plan.n_bytes > plan.available_bytes:
         raise OptionError(
             f"{flag or '--moe-cache'}: the slots take {bytes_text(plan.n_bytes)} and "
-            f"{bytes_text(plan.available_bytes)} of memory are free; --moe-cache auto takes as "
-            "much as there is"
+            f"{bytes_text(plan.available_bytes)} of memory are free: use a smaller one, or "
+            "--moe-cache off, which reads experts from the mapped file, slowly"
         )
 
 

@@ -5,6 +5,7 @@ Knows no graph and no policy of misses.
 
 import mmap
 from contextlib import ExitStack
+from functools import partial
 
 import numpy as np
 
@@ -42,16 +43,20 @@ class ExpertCache:
             self._staging = memoryview(private_memory(self._memory.staging_bytes))
             if self.reads_ahead:  # take the memory now, not when a guess first comes so far
                 np.frombuffer(self._staging, np.uint8)[:: mmap.PAGESIZE] = 0
-            self._prefetcher = Prefetcher(self._read, sum(n_slots) + _N_GUESSES)
+            self._prefetcher = Prefetcher(partial(_read, store), sum(n_slots) + _N_GUESSES)
             owned.callback(self._prefetcher.close)
             self._owned = owned.pop_all()
         self._under_way: list[Load] = []
-        self._guesses: list[Load] = []  # the latest
+        self._guess: Load | None = None  # the latest
 
     def close(self) -> None:
         """End the reading thread, after the read that it is at, and free the slots."""
-        for load in (*self._under_way, *self._guesses):
+        if self._guess is not None:
+            self._guess.is_unwanted = True
+        for load in self._under_way:
             load.is_unwanted = True
+        self._under_way.clear()  # they hold views of the slots
+        self._guess = None
         self._owned.close()
 
     @property
@@ -66,9 +71,14 @@ class ExpertCache:
 
     @property
     def reads_ahead(self) -> bool:
-        """Whether guesses can be read: where reads do not go through the system's page cache."""
-        is_complete = all(map(self.table.is_full, range(len(self.table.n_slots))))
-        return self.store.is_direct and not is_complete
+        """Whether guesses can be read: directly, and in a layer that lacks experts."""
+        layers = [i for i in range(len(self.table.n_slots)) if not self.table.is_full(i)]
+        return any(self._can_guess(layer) for layer in layers)
+
+    @property
+    def is_reading(self) -> bool:
+        """Whether loads are under way."""
+        return bool(self._under_way)
 
     def can_load(self, layer: int) -> bool:
         """Whether `start_load` would find a slot."""
@@ -81,11 +91,11 @@ class ExpertCache:
         """
         slot = self.table.take(layer, expert)
         load = Load(layer, expert, slot, self._memory.parts(layer, slot))
-        load.n_ready_bytes = guess.n_ready_bytes if guess is not None else 0
+        load.n_skipped_bytes = guess.n_read_bytes if guess is not None else 0
         self._prefetcher.request(load)
         self._under_way.append(load)
         if guess is not None:
-            _copy_start(guess.parts, load.parts, guess.n_ready_bytes)
+            _copy_start(guess.parts, load.parts, guess.n_read_bytes)
         return load
 
     def finish(self, load: Load) -> None:
@@ -95,7 +105,12 @@ class ExpertCache:
             raise load.error
 
     def settle(self, load: Load) -> None:
-        """Wait for a load; its slot then has the expert or, see `load.error`, is empty."""
+        """Wait for a load; its slot then has the expert or, see `load.error`, is empty.
+
+        Does nothing the second time.
+        """
+        if load not in self._under_way:
+            return
         self._prefetcher.wait(load)
         self._under_way.remove(load)
         if load.error is None:
@@ -128,29 +143,32 @@ class ExpertCache:
     def start_guess(self, layer: int, expert: int) -> Load | None:
         """Begin to read an expert that is not asked for yet into staging memory, when everything
         else is read; None where that cannot be. Only one guess at a time."""
-        parts = self._memory.staging_parts(layer, self._staging)
-        if not self.store.can_read_ahead(layer, expert, parts):
+        if not self._can_guess(layer):
             return None
-        guess = Load(layer, expert, _NO_SLOT, parts)
+        parts = self._memory.staging_parts(layer, self._staging)
+        self._guess = guess = Load(layer, expert, _NO_SLOT, parts)
         self._prefetcher.request(guess)
-        self._guesses = [guess]
         return guess
 
     def stop_guess(self, guess: Load) -> None:
-        """Read no further; `guess.n_ready_bytes` tells how far it came."""
+        """Read no further; `guess.n_read_bytes` tells how far it came."""
         guess.is_unwanted = True
         self._prefetcher.wait(guess)
 
-    # the prefetcher's thread
+    def _can_guess(self, layer: int) -> bool:
+        parts = self._memory.staging_parts(layer, self._staging)
+        return self.store.can_read_ahead(layer, 0, parts)
 
-    def _read(self, load: Load) -> None:
-        if load.slot != _NO_SLOT:
-            self.store.read(load.layer, load.expert, load.parts, load.n_ready_bytes)
-            load.n_read_bytes = max(0, self.store.n_bytes(load.layer) - load.n_ready_bytes)
-            return
-        load.n_ready_bytes = self.store.read_ahead(
+
+def _read(store: ExpertStore, load: Load) -> None:
+    """What the prefetcher's thread does with a load."""
+    if load.slot == _NO_SLOT:
+        load.n_read_bytes = store.read_ahead(
             load.layer, load.expert, load.parts, lambda: not load.is_unwanted
         )
+        return
+    store.read(load.layer, load.expert, load.parts, load.n_skipped_bytes)
+    load.n_read_bytes = max(0, store.n_bytes(load.layer) - load.n_skipped_bytes)
 
 
 def _copy_start(source: Parts, target: Parts, n_bytes: int) -> None:

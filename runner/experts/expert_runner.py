@@ -31,23 +31,27 @@ class ExpertRunner:
         self._stats = stats
         self._miss_action = miss_action
         self._guess: Load | None = None
-        self._is_filling = False
         self.wait_ns = 0  # spent waiting for reads, since the model was loaded
 
     def measure_costs(self) -> None:
         """Read one expert of the first layer and compute one pair with it, to know the costs."""
         cache, store = self._cache, self._cache.store
-        expert = next(iter(cache.table.favourites(0)), 0)
+        favourites = cache.table.favourites(0)
+        expert = favourites[0] if favourites else 0
         load = cache.start_load(0, expert)
         self.finish(load)
+        if not favourites:
+            cache.table.unpin(0, [expert])  # nobody has asked for it
+        self._time_pair(load.slot, on_host=False)
+        if store.has_room and self._passes.has_host(0) and store.is_in_memory(0, expert):
+            self._time_pair(expert, on_host=True)
+
+    def _time_pair(self, slot: int, on_host: bool) -> None:
         pair = np.zeros(1, np.int64)
-        n_bytes = store.n_bytes(0)
-        can_host = store.has_room and self._passes.has_host(0) and store.is_in_memory(0, expert)
-        for on_host in (False, True) if can_host else (False,):
-            slot = np.array([expert if on_host else load.slot])
-            for _ in range(_N_WARM_UP + 1):
-                spent_ns = self._passes.run(0, on_host, pair, slot)
-            store.observe_compute(n_bytes, spent_ns / 1e9, on_host)
+        for _ in range(_N_WARM_UP + 1):
+            spent_ns = self._passes.run(0, on_host, pair, np.array([slot]))
+        store = self._cache.store
+        store.observe_compute(store.n_bytes(0), spent_ns / 1e9, on_host)
 
     def start_filling(self) -> None:
         """Read experts into empty slots until the first batch comes.
@@ -57,11 +61,12 @@ class ExpertRunner:
         table = self._cache.table
         if self._cache.store.is_direct and (table.policy != "static" or table.favourites(0)):
             self._cache.start_filling()
-            self._is_filling = True
 
     def _stop_filling(self) -> None:
-        self._is_filling = False
-        for load in self._cache.stop_filling():
+        started = time.perf_counter_ns()
+        loads = self._cache.stop_filling()
+        self.wait_ns += time.perf_counter_ns() - started
+        for load in loads:
             self._stats.record_read(load.layer, load.n_read_bytes, load.duration_ns)
 
     def serve(self, graph: BatchGraph, layer: int, expert_ids: np.ndarray) -> RoutingPlan:
@@ -70,10 +75,11 @@ class ExpertRunner:
         expert_ids (n, n_expert_used) int32. Raises what a failed read raised; then the layer's
         slots are in order and nothing of the batch may be used.
         """
-        if self._is_filling:
+        if self._cache.is_reading:
             self._stop_filling()
         table = self._cache.table
         if table.has_all(layer):
+            table.count_uses(layer, expert_ids)
             graph.apply(table.slot_of[layer][expert_ids])
             self._guess_ahead(graph, layer)
             return miss_policy.all_resident(expert_ids)
@@ -121,9 +127,9 @@ class ExpertRunner:
         started = time.perf_counter_ns()
         self._cache.stop_guess(guess)
         self.wait_ns += time.perf_counter_ns() - started
-        self._stats.record_read(guess.layer, guess.n_ready_bytes, guess.duration_ns)
+        self._stats.record_read(guess.layer, guess.n_read_bytes, guess.duration_ns)
         is_right = guess.layer == layer and guess.expert in plan.loads and guess.error is None
-        if guess.n_ready_bytes:
+        if guess.n_read_bytes:
             self._stats.record_prefetch(int(is_right), int(not is_right))
         return guess if is_right else None
 
@@ -133,7 +139,7 @@ class ExpertRunner:
         self._cache.finish(load)
         self.wait_ns += time.perf_counter_ns() - started
         self._stats.record_read(load.layer, load.n_read_bytes, load.duration_ns)
-        if not load.n_ready_bytes:  # the rest of an expert says little about a whole one
+        if not load.n_skipped_bytes:  # the rest of an expert says little about a whole one
             self._cache.store.observe_read(load.n_read_bytes, load.duration_ns / 1e9)
 
     def _plan(self, layer: int, expert_ids: np.ndarray) -> RoutingPlan:

@@ -19,6 +19,7 @@ from runner.model_config import ModelConfig
 from runner.model_sizes import ExpertRanges, expert_ranges
 
 _PIECE_BYTES = 2 << 20  # of an expert read ahead: what an unwanted one may cost at most
+_FORGETTING = 0.99
 _SMOOTHING = 0.1  # weight of the newest measurement in a running cost
 
 
@@ -146,6 +147,7 @@ class ExpertStore:
     def observe_read(self, n_bytes: int, duration_s: float) -> None:
         """Keep the cost of reading current."""
         self._read_s_per_byte = _average(self._read_s_per_byte, duration_s / n_bytes)
+        self._host_s_per_byte *= _FORGETTING  # so that the host gets another chance some time
 
     def observe_compute(self, n_bytes: int, duration_s: float, on_host: bool) -> None:
         """Keep the cost of computing one token's pairs by experts of n_bytes together current."""

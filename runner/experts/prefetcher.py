@@ -21,9 +21,9 @@ class Load:
     expert: int
     slot: int  # -1 = into staging memory, as a guess
     parts: Parts  # lent until `is_done`
-    n_ready_bytes: int = 0  # of `parts`, from the start; where reading begins, then where it is
-    n_read_bytes: int = 0  # by this load, without what was ready before
+    n_skipped_bytes: int = 0  # at the start of `parts`, which are not to be read
     is_unwanted: bool = False  # set by the engine's thread: do not begin, or stop between reads
+    n_read_bytes: int = 0  # written by the reading thread before it is done
     is_done: bool = False  # written, like the rest below, when the engine's thread takes it back
     error: Exception | None = field(default=None)
     duration_ns: int = 0
@@ -76,6 +76,8 @@ class Prefetcher:
         """Finish the reads under way and end the thread."""
         self._requests.put(None)
         self._thread.join()
+        while not self._finished.empty():  # they hold views of memory that is freed next
+            self._finished.get()
 
     def _take_back(self, result: Result) -> None:
         load, error, duration_ns = result

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from quant.errors import BackendError
 from quant.ggml import Backend, Context
 from quant.gguf_file import GGUFFile
 from quant.read_only_file import BLOCK_BYTES, round_up
@@ -134,10 +135,19 @@ class _Slab:
 
 
 def private_memory(n_bytes: int) -> mmap.mmap:
-    """Anonymous memory, aligned to pages, that takes room only where it is written."""
-    if not hasattr(mmap, "MAP_PRIVATE"):
-        return mmap.mmap(-1, n_bytes)
-    memory = mmap.mmap(-1, n_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    """Anonymous memory, aligned to pages, that takes room only where it is written.
+
+    Raises BackendError when the system refuses.
+    """
+    try:
+        if not hasattr(mmap, "MAP_PRIVATE"):
+            return mmap.mmap(-1, n_bytes)
+        memory = mmap.mmap(-1, n_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    except OSError as error:
+        raise BackendError(
+            f"{n_bytes / 1e9:.2f} GB of memory for experts are not to be had: {error.strerror}; "
+            "use a smaller --moe-cache"
+        ) from error
     if hasattr(mmap, "MADV_HUGEPAGE"):
         memory.madvise(mmap.MADV_HUGEPAGE)
     return memory

@@ -13,7 +13,7 @@ from runner.experts import eviction
 from runner.experts.eviction import LFU_HALF_LIFE
 
 EMPTY = -1
-_LARGEST_INCREMENT = 2.0**500  # aged counts are scaled down before floats overflow
+_MAX_HALF_LIVES = 500  # aged counts are scaled down before floats overflow
 
 
 class SlotTable:
@@ -44,23 +44,29 @@ class SlotTable:
         """Count the experts that a batch asks for, resident or not: (n_tokens, n_expert_used)."""
         n_tokens = len(expert_ids)
         clock = self._n_tokens[layer]
-        increment = 2.0 ** (clock / LFU_HALF_LIFE)
-        if increment > _LARGEST_INCREMENT:
-            self.frequency[layer] /= increment
+        if clock > _MAX_HALF_LIVES * LFU_HALF_LIFE:
+            self.frequency[layer] *= 2.0 ** -(clock / LFU_HALF_LIFE)
+            self.last_used[layer] -= clock
             self._n_tokens[layer] = clock = 0
-            self.last_used[layer] -= self.last_used[layer].max() + 1
-            increment = 1.0
+        increment = 2.0 ** (clock / LFU_HALF_LIFE)
         self._n_tokens[layer] += n_tokens
+        self.count_uses(layer, expert_ids)
         if n_tokens == 1:  # an expert comes at most once in a token
             self.last_used[layer, expert_ids[0]] = clock
             self.frequency[layer, expert_ids[0]] += increment
-            self.n_uses[layer, expert_ids[0]] += 1
             return
         tokens = np.arange(clock, clock + n_tokens)[:, None]
         np.maximum.at(self.last_used[layer], expert_ids, tokens)
         counts = np.bincount(expert_ids.ravel(), minlength=self.slot_of.shape[1])
         self.frequency[layer] += counts * increment
-        self.n_uses[layer] += counts
+
+    def count_uses(self, layer: int, expert_ids: np.ndarray) -> None:
+        """Count the experts that a batch asks for where nobody will ever be evicted."""
+        if len(expert_ids) == 1:
+            self.n_uses[layer, expert_ids[0]] += 1
+        else:
+            counts = np.bincount(expert_ids.ravel(), minlength=self.n_uses.shape[1])
+            self.n_uses[layer] += counts
 
     def expect(self, frequency: np.ndarray) -> None:
         """Begin with the aged counts of earlier runs, (n_layer, n_expert).

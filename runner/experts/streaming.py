@@ -54,7 +54,7 @@ class Streaming:
 
         `extra` experts are read too, when the plan's are; `finish` waits for a load and raises
         when it failed; on_all_asked is called when nothing of this layer waits to be read.
-        Whatever is raised, no load is under way afterwards and no slot held.
+        Whatever is raised, none of these loads is under way afterwards and no slot held.
         """
         table, layer = self._table, self._layer
         self._waiting.extend(extra)
@@ -66,9 +66,11 @@ class Streaming:
             self._compute_hits()
             if self._plan.on_host:
                 self._compute(self._plan.on_host, on_host=True)
-            while self._reading:
+            while self._reading or self._waiting:
+                if not self._reading:  # what was spared is pinned now; the hits are computed
+                    table.release(layer)
+                    self._read_on()
                 self._compute_next_loaded(finish)
-            assert not self._waiting
         finally:
             for load in self._reading:  # only after an error
                 self._cache.settle(load)
@@ -109,8 +111,9 @@ class Streaming:
         return can_go[: max(n_loose, n_spared)]  # the least worth come first
 
     def _compute_next_loaded(self, finish: Callable[[Load], None]) -> None:
-        load = self._reading.popleft()
+        load = self._reading[0]  # it stays there until it is finished, whatever interrupts
         finish(load)
+        self._reading.popleft()
         self._table.hold(self._layer, np.array([load.slot]))
         if load.expert in self._pairs_of:
             self._compute([load.expert])

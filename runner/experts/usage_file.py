@@ -6,7 +6,7 @@ With it a run begins with the experts that earlier runs used most. One JSON obje
 
 import json
 import os
-import tempfile
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -26,9 +26,10 @@ class UsageFile:
     """The counts of one model in one file, which need not exist yet."""
 
     def __init__(self, path: str | Path, file: GGUFFile, config: ModelConfig) -> None:
-        """Read the file if it exists.
+        """Read the file, or make it.
 
-        Raises OptionError when it cannot be read, is none of these files or is another model's.
+        Raises OptionError when it cannot be read or made, is none of these files or another
+        model's.
         """
         self._path = Path(path)
         self._model = {
@@ -39,6 +40,7 @@ class UsageFile:
         self.earlier = np.zeros((config.n_layer, config.n_expert), np.int64)
         if self._path.exists():
             self.earlier[:] = self._read()
+        self.save(np.zeros_like(self.earlier))  # what cannot be written is told now
 
     def save(self, uses: np.ndarray) -> None:
         """Write earlier counts plus `uses` (n_layer, n_expert), whole or not at all.
@@ -50,23 +52,21 @@ class UsageFile:
             "format": FORMAT, "version": VERSION, "model": self._model, "uses": total.tolist(),
         }  # fmt: skip
         target = Path(os.path.realpath(self._path))
-        name = ""
+        draft = target.with_name(f".{target.name}.{os.getpid()}")
         try:
-            with tempfile.NamedTemporaryFile("w", dir=target.parent, delete=False) as file:
-                name = file.name
-                json.dump(document, file)
-            os.replace(name, target)
+            draft.write_text(json.dumps(document) + "\n")
+            os.replace(draft, target)
         except OSError as error:
-            if name:
-                Path(name).unlink(missing_ok=True)
+            with suppress(OSError):
+                draft.unlink()
             raise OptionError(
                 f"--moe-cache-profile: cannot write {self._path}: {error.strerror}"
             ) from error
 
     def _read(self) -> Any:
         try:
-            if self._path.stat().st_size > _MAX_BYTES:
-                raise self._not_a_profile(f"it has more than {_MAX_BYTES >> 20} MiB")
+            if not self._path.is_file() or self._path.stat().st_size > _MAX_BYTES:
+                raise self._not_a_profile("it is no small regular file")
             document = json.loads(self._path.read_bytes())
         except OSError as error:
             raise OptionError(

@@ -1,6 +1,6 @@
 """What `/show cache` prints of a snapshot. Knows neither the view nor where snapshots come from."""
 
-from runner.byte_sizes import bytes_text
+from runner.byte_sizes import bytes_text, range_text
 from runner.protocol import ModelInfo
 from runner.stats import StatsSnapshot, share
 from runner.terminal.chat_view import percent
@@ -17,6 +17,7 @@ def cache_text(info: ModelInfo, snapshot: StatsSnapshot) -> str:
         rows += [
             ("pairs", _pairs(snapshot)),
             ("read", f"{bytes_text(sum(snapshot.bytes_read))}, {snapshot.read_gb_per_s:.2f} GB/s"),
+            ("read ahead", _read_ahead(snapshot)),
             ("time", _time(snapshot)),
             ("evictions", str(sum(snapshot.n_evicted))),
             ("lowest hit", "\n            ".join(_lowest_layers(snapshot))),
@@ -27,10 +28,9 @@ def cache_text(info: ModelInfo, snapshot: StatsSnapshot) -> str:
 
 
 def _slots(info: ModelInfo, n_slots: tuple[int, ...]) -> str:
-    least, most = min(n_slots), max(n_slots)
-    n = str(least) if least == most else f"{least} to {most}"
     return (
-        f"{n} of {info.n_expert} experts per layer ({bytes_text(info.moe_cache_bytes)}),"
+        f"{range_text(n_slots)} of {info.n_expert} experts per layer"
+        f" ({bytes_text(info.moe_cache_bytes)}),"
         f" {info.moe_cache_policy}"
     )
 
@@ -43,6 +43,11 @@ def _pairs(snapshot: StatsSnapshot) -> str:
         f" substituted {percent(snapshot.substituted_share, 1)},"
         f" dropped {percent(snapshot.dropped_share, 1)}"
     )
+
+
+def _read_ahead(snapshot: StatsSnapshot) -> str:
+    n_used, n_wasted = snapshot.prefetch_used, snapshot.prefetch_wasted
+    return f"{n_used + n_wasted} experts, {percent(n_used, n_used + n_wasted)} of them used"
 
 
 def _time(snapshot: StatsSnapshot) -> str:

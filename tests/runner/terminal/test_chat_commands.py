@@ -180,6 +180,7 @@ def test_show_cache_says_how_the_cache_did_and_where_it_helped_least() -> None:
     recorder.record_batch(50, plans, 10**9, 600 * 10**6, 350 * 10**6, False)
     for layer in range(5):
         recorder.record_read(layer, 600 * 10**6, 400 * 10**6)
+    recorder.record_prefetch(30, 10)
     info = replace(
         INFO, moe_cache_bytes=1_190_000_000, moe_cache_slots=(4,) * 6 + (5,), moe_cache_policy="lru"
     )
@@ -188,6 +189,7 @@ def test_show_cache_says_how_the_cache_did_and_where_it_helped_least() -> None:
 slots       4 to 5 of 8 experts per layer (1.19 GB), lru
 pairs       700: hit 83.4 %, load 15.7 %, host 0.4 %, substituted 0.3 %, dropped 0.1 %
 read        3.00 GB, 1.50 GB/s
+read ahead  40 experts, 75.0 % of them used
 time        compute 60.0 %, waiting for reads 35.0 %, Python 5.0 %
 evictions   15
 lowest hit  layer 2     50.0 %    4 slots
