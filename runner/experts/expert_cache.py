@@ -51,13 +51,17 @@ class ExpertCache:
 
     def close(self) -> None:
         """End the reading thread, after the read that it is at, and free the slots."""
-        if self._guess is not None:
-            self._guess.is_unwanted = True
+        self._forget_loads()
+        self._owned.close()
+
+    def _forget_loads(self) -> None:
+        """Stop them, and let go of their views of the memory."""
         for load in self._under_way:
             load.is_unwanted = True
-        self._under_way.clear()  # they hold views of the slots
+        if self._guess is not None:
+            self._guess.is_unwanted = True
+        self._under_way.clear()
         self._guess = None
-        self._owned.close()
 
     @property
     def slabs(self) -> tuple[ExpertSlabs, ...]:

@@ -89,3 +89,50 @@ def test_with_room_for_the_files_pages_nothing_is_read_ahead(demo_path: Path) ->
         assert engine.snapshot().prefetch_used == engine.snapshot().prefetch_wasted == 0
     finally:
         engine.close()
+
+
+def test_slots_fill_between_loading_and_the_first_batch(engine: Engine) -> None:
+    cache = engine._cache
+    for load in list(cache._under_way):
+        cache.settle(load)
+    assert all(cache.table.n_empty(layer) == 0 for layer in range(8))
+    before = sum(engine.snapshot().bytes_read)
+    engine.prefill(TOKENS[:60])
+    read = sum(engine.snapshot().bytes_read) - before
+    assert read <= (8 * 8 - 8 * 3) * cache.store.n_bytes(0), "no expert was read a second time"
+
+
+def test_filling_stops_for_the_first_batch_and_nothing_is_left_half_read(
+    engine: Engine, demo_path: Path
+) -> None:
+    reference = Engine(demo_path, EngineConfig(n_threads=1, moe_cache_bytes=0))
+    try:
+        assert engine.prefill(TOKENS[:3]).tobytes() == reference.prefill(TOKENS[:3]).tobytes()
+        assert not engine._cache.is_reading
+        table = engine._cache.table
+        assert not any(table.is_filling(layer, e) for layer in range(8) for e in range(8))
+    finally:
+        reference.close()
+
+
+def test_memory_goes_back_at_once_when_a_model_is_closed_while_it_fills(
+    demo_path: Path, scarce_memory: None
+) -> None:
+    config = EngineConfig(n_threads=1, moe_cache_slots=3, moe_miss="load")
+    for _ in range(3):
+        engine = Engine(demo_path, config)
+        memory, staging = engine._cache._memory, engine._cache._staging
+        engine.close()
+        assert memory._mapping.closed
+        staging.release()
+
+
+def test_static_pins_nobody_before_something_is_asked_for(demo_path: Path) -> None:
+    config = EngineConfig(
+        n_threads=1, moe_cache_slots=3, moe_miss="load", moe_cache_policy="static"
+    )
+    engine = Engine(demo_path, config)
+    try:
+        assert all(engine._cache.table.pinned(layer) == [] for layer in range(8))
+    finally:
+        engine.close()

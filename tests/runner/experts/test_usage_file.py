@@ -1,6 +1,7 @@
 """The profile of expert uses: what it keeps, what it refuses, and what a run does with it."""
 
 import json
+import os
 from pathlib import Path
 
 import numpy as np
@@ -30,7 +31,7 @@ def test_a_file_that_does_not_exist_means_no_uses(tmp_path: Path, demo_path: Pat
     usage = usage_file(tmp_path / "uses.json", demo_path)
     assert usage.earlier.shape == (8, 8)
     assert not usage.earlier.any()
-    assert not (tmp_path / "uses.json").exists()
+    assert not usage_file(tmp_path / "uses.json", demo_path).earlier.any(), "it was made, empty"
 
 
 def test_uses_of_runs_add_up(tmp_path: Path, demo_path: Path) -> None:
@@ -93,10 +94,53 @@ def test_what_is_no_profile_is_refused(tmp_path: Path, demo_path: Path, content:
     assert path.read_bytes() == content
 
 
-def test_a_place_that_cannot_be_written_is_named(tmp_path: Path, demo_path: Path) -> None:
-    usage = usage_file(tmp_path / "missing" / "uses.json", demo_path)
+def test_a_place_that_cannot_be_written_is_named_at_once(tmp_path: Path, demo_path: Path) -> None:
     with pytest.raises(OptionError, match="cannot write"):
-        usage.save(counts())
+        usage_file(tmp_path / "missing" / "uses.json", demo_path)
+
+
+def test_a_pipe_is_no_profile(tmp_path: Path, demo_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(OptionError, match="no small regular file"):
+        usage_file(tmp_path / "pipe", demo_path)
+
+
+def test_layers_that_have_every_expert_count_uses_too(tmp_path: Path, demo_path: Path) -> None:
+    config = EngineConfig(
+        n_threads=1, moe_cache_slots=8, moe_miss="load", moe_cache_profile=str(tmp_path / "uses")
+    )
+    engine = Engine(demo_path, config)
+    try:
+        engine.prefill(list(range(5, 205)))
+        for token in range(300, 330):
+            engine.decode(token)
+        uses = engine._cache.table.n_uses.sum(axis=1)
+        assert (uses[:-1] == 2 * 230).all()
+        assert uses[-1] == 2 * 31
+    finally:
+        engine.close()
+
+
+def test_static_streams_while_favourites_become_pinned(tmp_path: Path, demo_path: Path) -> None:
+    rng, path = np.random.default_rng(2), tmp_path / "uses.json"
+    config = EngineConfig(
+        n_threads=1,
+        n_batch=64,
+        moe_cache_slots=3,
+        moe_miss="load",
+        moe_cache_policy="static",
+        moe_cache_profile=str(path),
+    )
+    for _ in range(12):
+        path.unlink(missing_ok=True)
+        usage_file(path, demo_path).save(rng.integers(1, 1000, (8, 8)))
+        engine = Engine(demo_path, config)
+        try:
+            for n in (1, 2, 5, 9, 40):
+                engine.prefill(rng.integers(300, 4000, n).tolist())
+                engine.decode(300)
+        finally:
+            engine.close()
 
 
 def test_a_long_run_ends_with_the_frequencies_that_its_profile_gives() -> None:
