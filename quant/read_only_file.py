@@ -81,8 +81,8 @@ class ReadOnlyFile:
     def read_direct(self, offset: int, into: memoryview) -> None:
         """Fill `into` past the system's page cache; needs `open_direct`.
 
-        Offset, length and address are multiples of BLOCK_BYTES. What lies beyond the end of the
-        file is left as it is. Raises GGUFError when bytes are missing before it.
+        Offset, length and address are multiples of BLOCK_BYTES. Beyond the end of the file `into`
+        holds anything. Raises GGUFError when bytes are missing before it.
         """
         wanted = min(len(into), self.size_bytes - offset)
         done = 0

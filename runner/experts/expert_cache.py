@@ -77,7 +77,7 @@ class ExpertCache:
     def reads_ahead(self) -> bool:
         """Whether guesses can be read: directly, and in a layer that lacks experts."""
         layers = [i for i in range(len(self.table.n_slots)) if not self.table.is_full(i)]
-        return any(self._can_guess(layer) for layer in layers)
+        return any(self._can_guess(layer, 0) for layer in layers)
 
     @property
     def is_reading(self) -> bool:
@@ -147,7 +147,7 @@ class ExpertCache:
     def start_guess(self, layer: int, expert: int) -> Load | None:
         """Begin to read an expert that is not asked for yet into staging memory, when everything
         else is read; None where that cannot be. Only one guess at a time."""
-        if not self._can_guess(layer):
+        if not self._can_guess(layer, expert):
             return None
         parts = self._memory.staging_parts(layer, self._staging)
         self._guess = guess = Load(layer, expert, _NO_SLOT, parts)
@@ -159,9 +159,9 @@ class ExpertCache:
         guess.is_unwanted = True
         self._prefetcher.wait(guess)
 
-    def _can_guess(self, layer: int) -> bool:
+    def _can_guess(self, layer: int, expert: int) -> bool:
         parts = self._memory.staging_parts(layer, self._staging)
-        return self.store.can_read_ahead(layer, 0, parts)
+        return self.store.can_read_ahead(layer, expert, parts)
 
 
 def _read(store: ExpertStore, load: Load) -> None:

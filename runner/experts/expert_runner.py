@@ -80,9 +80,10 @@ class ExpertRunner:
         table = self._cache.table
         if table.has_all(layer):
             table.count_uses(layer, expert_ids)
-            graph.apply(table.slot_of[layer][expert_ids])
+            plan = miss_policy.all_resident(expert_ids)
+            graph.apply(table.slot_of[layer][plan.experts])
             self._guess_ahead(graph, layer)
-            return miss_policy.all_resident(expert_ids)
+            return plan
         table.record_use(layer, expert_ids)
         plan = self._plan(layer, expert_ids)
         guess = self._end_guess(layer, plan)
@@ -147,9 +148,9 @@ class ExpertRunner:
         plan = miss_policy.exact(expert_ids, slot_of)
         if plan.is_all_hits or self._miss_action == "load" or not self._passes.has_host(layer):
             return plan
-        on_host = frozenset(
-            expert
-            for expert in plan.loads
-            if self._miss_action == "host" or self._cache.store.is_cheaper_on_host(layer, expert)
-        )
+        on_host = frozenset(plan.loads)
+        if self._miss_action == "auto":
+            evicting = plan.loads[self._cache.table.n_empty(layer) :]  # empty slots are for loads
+            store = self._cache.store
+            on_host = frozenset(e for e in evicting if store.is_cheaper_on_host(layer, e))
         return miss_policy.exact(expert_ids, slot_of, on_host) if on_host else plan
