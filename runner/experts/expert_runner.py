@@ -104,7 +104,8 @@ class ExpertRunner:
         table = self._cache.table
         n_empty = table.n_empty(layer) - len(plan.loads)
         favourites = table.favourites(layer) if n_empty > 0 else []
-        missing = [e for e in favourites if table.slot_of[layer, e] < 0 and e not in plan.loads]
+        planned = {*plan.loads, *plan.on_host}
+        missing = [e for e in favourites if table.slot_of[layer, e] < 0 and e not in planned]
         return missing[: max(0, n_empty)]
 
     def _guess_ahead(self, graph: BatchGraph, layer: int) -> None:

@@ -185,7 +185,9 @@ class SlotTable:
 
     def unpin(self, layer: int, experts: Iterable[int]) -> None:
         for expert in experts:
-            self._pinned[layer, self.slot_of[layer, expert]] = False
+            slot = self.slot_of[layer, expert]
+            assert slot != EMPTY, f"expert {expert} is not resident"
+            self._pinned[layer, slot] = False
 
     def _takeable(self, layer: int) -> np.ndarray:
         takeable: np.ndarray = self._filling[layer] == EMPTY

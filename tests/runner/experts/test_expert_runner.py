@@ -1,0 +1,127 @@
+"""ExpertRunner: every pair is computed by the right bytes, however its expert comes into a slot."""
+
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import closing
+from random import Random
+
+import numpy as np
+import pytest
+
+from quant.read_only_file import BLOCK_BYTES
+from runner.experts.expert_runner import ExpertRunner
+from runner.stats import StatsRecorder
+from tests.runner.experts.cache_programs import (
+    OpenModel,
+    OpenModels,
+    TimedCache,
+    check_contents,
+    make_cache,
+    reads_directly,
+)
+from tests.runner.experts.runner_programs import RunnerProgram, Witness
+from tests.runner.experts.slot_model import run_programs
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> Iterator[OpenModels]:
+    with closing(OpenModels(tmp_path_factory.mktemp("experts"))) as models:
+        yield models
+
+
+@pytest.fixture(autouse=True)
+def small_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Read ahead block by block, so that what is read ahead of a small expert can end anywhere."""
+    monkeypatch.setattr("runner.experts.expert_store._PIECE_BYTES", BLOCK_BYTES)
+
+
+def run_batches(models: OpenModels, n_programs: int) -> Counter[str]:
+    some = [models.get(shape) for shape in ("two", "alike", "unlike", "many")]
+    return run_programs(lambda rng: RunnerProgram(some, rng), n_programs, n_steps=50)
+
+
+def test_every_pair_is_computed_once_by_the_bytes_of_its_expert(
+    models: OpenModels,
+) -> None:
+    n_done = run_batches(models, n_programs=15)
+    assert min(n_done[name] for name in ("hit", "loaded", "on host", "error", "extra")) > 0
+
+
+@pytest.mark.slow
+def test_every_pair_of_ten_thousand_batches_is_computed_once_by_the_bytes_of_its_expert(
+    models: OpenModels,
+) -> None:
+    n_done = run_batches(models, n_programs=300)
+    assert n_done["batch"] + n_done["token"] >= 10_000
+    assert min(n_done[name] for name in ("hit", "loaded", "on host")) >= 20_000
+    assert min(n_done[name] for name in ("error", "extra")) >= 500
+    if reads_directly(models):
+        assert min(n_done[name] for name in ("guess used", "guess wasted")) >= 50
+
+
+# streaming, on paper
+
+
+def make_runner(cache: TimedCache, model: OpenModel, action: str) -> tuple[ExpertRunner, Witness]:
+    witness = Witness(model, cache, Random(0))
+    witness.hosts = [True] * model.config.n_layer
+    stats = StatsRecorder(model.config.n_layer, cache.table.n_slots)
+    return ExpertRunner(cache, witness, stats, action), witness
+
+
+def serve(
+    runner: ExpertRunner, witness: Witness, layer: int, tokens: list[list[int]]
+) -> list[set[int]]:
+    """Serve a batch whose pairs must each be computed once; returns the experts of each pass."""
+    expert_ids = np.array(tokens, np.int32)
+    witness.begin(layer, expert_ids)
+    runner.serve(witness, layer, expert_ids)
+    assert (witness.n_computed == 1).all()
+    return witness.passes
+
+
+def test_a_prompt_of_all_experts_streams_through_one_slot(
+    models: OpenModels,
+) -> None:
+    model = models.get("alike")
+    with closing(make_cache(model, 1, 1, 1)) as cache:
+        runner, witness = make_runner(cache, model, "load")
+        passes = serve(runner, witness, 0, [[5, 0], [1, 2], [4, 3]])
+        assert sorted(map(tuple, passes)) == [(expert,) for expert in range(6)]
+        assert len(cache.store.reads) == 6
+
+
+def test_pins_that_come_while_a_prompt_streams_leave_a_slot_for_the_rest(
+    models: OpenModels,
+) -> None:
+    model = models.get("alike")
+    with closing(make_cache(model, 3, 1, 1, policy="static")) as cache:
+        cache.table.expect(np.array([[9, 8, 7, 0, 0, 0]] * 3, float))
+        for expert in (3, 4, 5):
+            cache.finish(cache.start_load(0, expert))
+        runner, witness = make_runner(cache, model, "load")
+        serve(runner, witness, 0, [[0], [1], [2], [3]])
+        assert sorted(cache.table.pinned(0)) == [0, 1]
+
+
+def test_a_favourite_that_is_computed_on_the_host_is_not_computed_again(
+    models: OpenModels,
+) -> None:
+    model = models.get("alike")
+    with closing(make_cache(model, 4, 4, 4)) as cache:
+        cache.table.expect(np.array([[9, 8, 7, 6, 0, 0]] * 3, float))
+        runner, witness = make_runner(cache, model, "host")
+        serve(runner, witness, 1, [[0, 5], [1, 0]])
+
+
+def test_a_token_of_which_everything_is_missing_still_leaves_room_for_a_guess(
+    models: OpenModels,
+) -> None:
+    model = models.get("many")
+    with closing(make_cache(model, 16, 16, 16)) as cache:
+        cache.is_late = True
+        cache.store.allow(0)
+        runner, witness = make_runner(cache, model, "load")
+        for layer in range(3):
+            serve(runner, witness, layer, [list(range(layer, layer + 12))])
+        check_contents(model, cache)
