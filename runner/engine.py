@@ -93,7 +93,13 @@ class Engine:
     def _make_runner(self) -> ExpertRunner | None:
         if self._cache is None:
             return None
-        runner = ExpertRunner(self._cache, self._graphs.passes, self._stats, self.config.moe_miss)
+        runner = ExpertRunner(
+            self._cache,
+            self._graphs.passes,
+            self._stats,
+            self.config.moe_miss,
+            counts_uses=self._usage is not None,
+        )
         runner.measure_costs()
         runner.start_filling()
         return runner
@@ -237,6 +243,7 @@ class Engine:
 
     def _run_layers(self, graph: BatchGraph, cancelled: Cancelled) -> list[RoutingPlan]:
         """All layers of one batch; returns the plan of each layer with experts."""
+        experts = self._experts if self._experts and self._experts.is_needed else None
         plans = []
         for layer in range(self.model_config.n_layer):
             if cancelled():
@@ -245,10 +252,10 @@ class Engine:
                 graph.pass_dense(layer)
                 continue
             expert_ids = graph.route(layer)
-            if self._experts is None:  # the experts' slots are where the router wrote them
+            if experts is None:  # every expert's slot has its number, as the router wrote it
                 plans.append(miss_policy.all_resident(expert_ids))
             else:
-                plans.append(self._experts.serve(graph, layer, expert_ids))
+                plans.append(experts.serve(graph, layer, expert_ids))
         return plans
 
     def _passes_and_wait_ns(self) -> tuple[int, int]:

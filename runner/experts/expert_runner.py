@@ -23,15 +23,28 @@ class ExpertRunner:
     """Serves the experts of one batch after the other, layer by layer."""
 
     def __init__(
-        self, cache: ExpertCache, passes: ExpertPasses, stats: StatsRecorder, miss_action: str
+        self,
+        cache: ExpertCache,
+        passes: ExpertPasses,
+        stats: StatsRecorder,
+        miss_action: str,
+        counts_uses: bool = False,
     ) -> None:
-        """miss_action: what happens to a missing expert: "load", "host" or "auto", the cheaper."""
+        """miss_action: what happens to a missing expert: "load", "host" or "auto", the cheaper;
+        counts_uses: also where nothing is missing."""
         self._cache = cache
         self._passes = passes
         self._stats = stats
         self._miss_action = miss_action
+        self._counts_uses = counts_uses
         self._guess: Load | None = None
         self.wait_ns = 0  # spent waiting for reads, since the model was loaded
+
+    @property
+    def is_needed(self) -> bool:
+        """Whether there is anything to `serve`: not when every expert is in its own slot."""
+        table = self._cache.table
+        return self._counts_uses or self._cache.is_reading or not table.has_everything
 
     def measure_costs(self) -> None:
         """Read one expert of the first layer and compute one pair with it, to know the costs."""
@@ -80,10 +93,8 @@ class ExpertRunner:
         table = self._cache.table
         if table.has_all(layer):
             table.count_uses(layer, expert_ids)
-            plan = miss_policy.all_resident(expert_ids)
-            graph.apply(table.slot_of[layer][plan.experts])
             self._guess_ahead(graph, layer)
-            return plan
+            return miss_policy.all_resident(expert_ids)
         table.record_use(layer, expert_ids)
         plan = self._plan(layer, expert_ids)
         guess = self._end_guess(layer, plan)

@@ -106,8 +106,13 @@ class SlotTable:
         return self.n_slots[layer] == self.slot_of.shape[1]
 
     def has_all(self, layer: int) -> bool:
-        """Whether every expert of the layer is resident; none of them will leave then."""
+        """Whether every expert of the layer is resident: in the slot of its number, for good."""
         return self._n_resident[layer] == self.slot_of.shape[1]
+
+    @property
+    def has_everything(self) -> bool:
+        """Whether every expert of every layer is resident."""
+        return min(self._n_resident) == self.slot_of.shape[1]
 
     def n_unpinned(self, layer: int) -> int:
         """Slots whose expert may change."""
@@ -134,12 +139,16 @@ class SlotTable:
     def take(self, layer: int, expert: int) -> int:
         """Lend a slot to a read of `expert`, which must have none; evicts the least worth.
 
-        The slot is nobody's until `commit` or `fail`. Ask `can_take` first.
+        The slot is nobody's until `commit` or `fail`. Ask `can_take` first. In a layer with a slot
+        for every expert, each has the slot of its own number.
         """
         assert self.slot_of[layer, expert] == EMPTY, f"expert {expert} is resident already"
         assert not self.is_filling(layer, expert), f"expert {expert} is being read already"
         slots = np.flatnonzero(self._takeable(layer))
         assert len(slots), "every slot is in use"
+        if self.is_full(layer):
+            self._filling[layer, expert] = expert
+            return expert
         experts = self.expert_in[layer, slots]
         value = self.worth(layer)[experts].astype(np.float64)
         value[experts == EMPTY] = -np.inf

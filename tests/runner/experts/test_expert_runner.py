@@ -76,6 +76,7 @@ def serve(
     expert_ids = np.array(tokens, np.int32)
     witness.begin(layer, expert_ids)
     runner.serve(witness, layer, expert_ids)
+    witness.end()
     assert (witness.n_computed == 1).all()
     return witness.passes
 
