@@ -82,6 +82,7 @@ def replayed_hits(choices: np.ndarray, n_expert: int, n_slots: int, policy: str)
     """Hits of an empty cache that serves these choices as the engine does."""
     table = SlotTable((n_slots,) * choices.shape[1], n_expert, policy)
     _fill(table, 0, [0])  # the engine reads one expert to measure how long that takes
+    table.unpin(0, [0])  # which nobody asked for
     return sum(
         _serve(table, layer, expert_ids)
         for token in choices
