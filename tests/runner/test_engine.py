@@ -33,7 +33,12 @@ def greedy(engine: Engine, prompt: list[int], n: int) -> list[int]:
     return [step.token for step in steps]
 
 
-@pytest.mark.parametrize("name", FILE_TYPES)
+EVERY_DAY = ("Q8_0", "Q4_K")
+
+
+@pytest.mark.parametrize(
+    "name", [n if n in EVERY_DAY else pytest.param(n, marks=pytest.mark.slow) for n in FILE_TYPES]
+)
 def test_the_demo_model_has_llama_cpps_numbers(name, demo_in, held_out_text) -> None:
     path = demo_in(name)
     engine = Engine(path, THREADS)

@@ -347,6 +347,7 @@ def test_layers_with_unlike_numbers_of_slots_are_the_same(
     assert_same(demo_path, read_and_go_on, tokens[:200], config)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "miss"),
     [
@@ -362,6 +363,7 @@ def test_types_with_another_kernel_for_many_rows_are_the_same(
     assert_same(demo_in(name), read_and_go_on, tokens[:150], config)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("piece_bytes", [4096, 10 * 4096])
 def test_a_guess_is_copied_beside_what_is_read_and_never_over_it(
     piece_bytes: int,
@@ -415,6 +417,7 @@ CACHES = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("play", PLAYS)
 @pytest.mark.parametrize(("n_slots", "policy", "miss"), CACHES)
 def test_contexts_that_are_cut_and_gone_on_with_are_the_same(
@@ -429,6 +432,7 @@ def test_contexts_that_are_cut_and_gone_on_with_are_the_same(
     engine.close()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("n_slots", "policy", "miss"), CACHES)
 def test_a_shifted_context_is_the_same(
     n_slots: int, policy: str, miss: str, demo_path: Path, tokens: list[int]

@@ -225,6 +225,7 @@ def test_a_file_that_changed_stops_the_answer_at_once(
     assert_works_when_put_right(path, expected)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("change", CHANGES)
 def test_an_answer_that_is_being_generated_ends_with_the_error(
     change: Change, engine: Engine, path: Path
@@ -239,6 +240,7 @@ def test_an_answer_that_is_being_generated_ends_with_the_error(
     assert_slots_are_sound(engine)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "change",
     [
@@ -336,6 +338,7 @@ def behind_it(change: Change, path: Path) -> Callable[[Read], int]:
     return instead
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("layer", [pytest.param(0, marks=SLOW), 4, pytest.param(7, marks=SLOW)])
 @pytest.mark.parametrize("change", CHANGES)
 def test_a_file_that_changes_between_two_layers_gives_no_logits(
@@ -348,6 +351,7 @@ def test_a_file_that_changes_between_two_layers_gives_no_logits(
     assert_slots_are_sound(engine)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("number", [pytest.param(1, marks=SLOW), 2, pytest.param(30, marks=SLOW)])
 @pytest.mark.parametrize("when", [before_it, behind_it])
 @pytest.mark.parametrize("change", CHANGES)
@@ -365,6 +369,7 @@ def test_a_file_that_changes_around_a_read_leaves_no_expert_of_it(
     assert_refuses(engine, path)
 
 
+@pytest.mark.slow
 def test_a_file_that_loses_its_name_around_a_read_is_read_on(
     engine: Engine, path: Path, expected: list[np.ndarray]
 ) -> None:
@@ -394,6 +399,7 @@ def run_out_of_memory(read: Read) -> int:
     raise MemoryError("no memory for this")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("fail", "words"),
     [(fail_with_eio, "reading byte .*: input/output error"), (find_the_end, "only 0 of")],
@@ -416,6 +422,7 @@ def test_a_read_error_in_a_prompt_names_the_file_and_the_next_try_goes_on(
     assert_slots_are_sound(engine)
 
 
+@pytest.mark.slow
 def test_read_errors_in_an_answer_name_the_file_and_the_next_try_goes_on(
     engine: Engine, path: Path, expected: list[np.ndarray]
 ) -> None:
@@ -436,6 +443,7 @@ def test_read_errors_in_an_answer_name_the_file_and_the_next_try_goes_on(
     assert len(errors) > 20 and all(str(path) in error for error in errors)
 
 
+@pytest.mark.slow
 def test_a_direct_read_that_comes_short_is_an_error_and_a_buffered_one_is_gone_on_with(
     engine: Engine, path: Path, reads: str, expected: list[np.ndarray]
 ) -> None:
@@ -448,6 +456,7 @@ def test_a_direct_read_that_comes_short_is_an_error_and_a_buffered_one_is_gone_o
     assert_slots_are_sound(engine)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("number", [pytest.param(1, marks=SLOW), 20])
 def test_any_other_error_in_the_reading_thread_reaches_the_caller(
     number: int, engine: Engine, expected: list[np.ndarray]
@@ -459,6 +468,7 @@ def test_any_other_error_in_the_reading_thread_reaches_the_caller(
     assert is_same(answer(engine), expected)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("projection", ["gate", "up", "down"])
 def test_a_read_error_while_loading_is_an_error_and_leaves_nothing_open(
     projection: str, path: Path, reads: str
@@ -486,6 +496,7 @@ def hurried(path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Engine]:
     engine.close()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("change", CHANGES)
 def test_a_file_that_changes_right_after_loading_gives_no_logits(
     change: Change, hurried: Engine, path: Path
@@ -496,6 +507,7 @@ def test_a_file_that_changes_right_after_loading_gives_no_logits(
     assert_slots_are_sound(hurried)
 
 
+@pytest.mark.slow
 def test_slots_that_could_not_be_filled_ahead_are_filled_when_they_are_needed(
     path: Path, expected: list[np.ndarray], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -510,6 +522,7 @@ def test_slots_that_could_not_be_filled_ahead_are_filled_when_they_are_needed(
     engine.close()
 
 
+@pytest.mark.slow
 def test_an_engine_that_is_closed_while_slots_are_filled_reads_no_further(
     path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -541,6 +554,7 @@ def test_an_engine_that_is_closed_while_slots_are_filled_reads_no_further(
 # memory
 
 
+@pytest.mark.slow
 @LINUX_ONLY
 def test_loading_and_closing_gives_all_memory_back(path: Path, reads: str) -> None:
     """At once, not when the garbage collector finds it: the next model needs the memory."""
@@ -604,6 +618,7 @@ def is_beginning(text: str, story: str) -> bool:
     return text.startswith(story) or story.startswith(text)
 
 
+@pytest.mark.slow
 @LINUX_ONLY
 @pytest.mark.parametrize("miss", ["load", "host"])
 def test_a_model_cut_in_half_in_an_answer_is_explained_and_a_good_one_answers(
@@ -623,6 +638,7 @@ def test_a_model_cut_in_half_in_an_answer_is_explained_and_a_good_one_answers(
     assert text_of(client.generate(SHORT)) == story
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("miss", ["load", "host", "auto"])
 def test_a_model_overwritten_in_an_answer_is_an_error_that_the_worker_survives(
     miss: str, client: Client, path: Path, story: str
@@ -645,6 +661,7 @@ def test_a_model_overwritten_in_an_answer_is_an_error_that_the_worker_survives(
     assert client.pid == worker and client.log == ""
 
 
+@pytest.mark.slow
 def test_a_model_replaced_in_an_answer_is_read_on_to_the_end(
     client: Client, path: Path, story: str
 ) -> None:
@@ -670,6 +687,7 @@ main()
 """
 
 
+@pytest.mark.slow
 def test_a_disk_that_fails_for_a_while_ends_an_answer_and_not_the_worker(
     path: Path, story: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
