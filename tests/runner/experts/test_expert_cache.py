@@ -1,7 +1,6 @@
 """ExpertCache and ExpertRunner with real memory: whose bytes are where, in any order of reads."""
 
 from collections import Counter
-from collections.abc import Iterator
 from contextlib import closing
 from math import inf
 from pathlib import Path
@@ -38,16 +37,7 @@ WAYS = {  # of reading: the model, its file, and whether the file's pages have r
 }
 
 
-@pytest.fixture(scope="module")
-def models(tmp_path_factory: pytest.TempPathFactory) -> Iterator[OpenModels]:
-    with closing(OpenModels(tmp_path_factory.mktemp("experts"))) as models:
-        yield models
-
-
-@pytest.fixture(autouse=True)
-def small_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Read ahead block by block, so that what is read ahead of a small expert can end anywhere."""
-    monkeypatch.setattr("runner.experts.expert_store._PIECE_BYTES", BLOCK_BYTES)
+pytestmark = pytest.mark.usefixtures("small_pieces")
 
 
 # any order

@@ -1,14 +1,12 @@
 """ExpertRunner: every pair is computed by the right bytes, however its expert comes into a slot."""
 
 from collections import Counter
-from collections.abc import Iterator
 from contextlib import closing
 from random import Random
 
 import numpy as np
 import pytest
 
-from quant.read_only_file import BLOCK_BYTES
 from runner.experts.expert_runner import ExpertRunner
 from runner.stats import StatsRecorder
 from tests.runner.experts.cache_programs import (
@@ -22,17 +20,7 @@ from tests.runner.experts.cache_programs import (
 from tests.runner.experts.runner_programs import RunnerProgram, Witness
 from tests.runner.experts.slot_model import run_programs
 
-
-@pytest.fixture(scope="module")
-def models(tmp_path_factory: pytest.TempPathFactory) -> Iterator[OpenModels]:
-    with closing(OpenModels(tmp_path_factory.mktemp("experts"))) as models:
-        yield models
-
-
-@pytest.fixture(autouse=True)
-def small_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Read ahead block by block, so that what is read ahead of a small expert can end anywhere."""
-    monkeypatch.setattr("runner.experts.expert_store._PIECE_BYTES", BLOCK_BYTES)
+pytestmark = pytest.mark.usefixtures("small_pieces")
 
 
 def run_batches(models: OpenModels, n_programs: int) -> Counter[str]:

@@ -4,8 +4,7 @@ Every bug is a child of the real class with one thing wrong. The same random pro
 classes pass must fail with it, and for the reason that is expected.
 """
 
-from collections.abc import Callable, Iterator
-from contextlib import closing
+from collections.abc import Callable
 from dataclasses import dataclass
 from random import Random
 from typing import Any
@@ -13,7 +12,6 @@ from typing import Any
 import numpy as np
 import pytest
 
-from quant.read_only_file import BLOCK_BYTES
 from runner.experts.expert_cache import ExpertCache
 from runner.experts.expert_runner import ExpertRunner
 from runner.experts.prefetcher import Load
@@ -40,15 +38,7 @@ KINDS = {
 }
 
 
-@pytest.fixture(scope="module")
-def models(tmp_path_factory: pytest.TempPathFactory) -> Iterator[OpenModels]:
-    with closing(OpenModels(tmp_path_factory.mktemp("experts"))) as models:
-        yield models
-
-
-@pytest.fixture(autouse=True)
-def small_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("runner.experts.expert_store._PIECE_BYTES", BLOCK_BYTES)
+pytestmark = pytest.mark.usefixtures("small_pieces")
 
 
 # bugs of the table
