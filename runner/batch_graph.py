@@ -34,7 +34,8 @@ class BatchGraph:
         self.shape = shape
         self._parts = parts
         self._predicts = parts.predicts and shape.n_tokens == 1
-        self._graphs = [self._build(index, False) for index in range(parts.config.n_layer + 1)]
+        n_graphs = parts.config.n_layer + (not shape.is_trace)  # a trace ends with a router
+        self._graphs = [self._build(index, False) for index in range(n_graphs)]
         self._after_passes: dict[int, Graph] = {}  # by index, for layers computed in passes
         self._is_after_passes = False  # the experts of the routed layer were computed in passes
         self.compute_ns = 0  # time inside ggml since the last `begin`
@@ -73,7 +74,7 @@ class BatchGraph:
         Returns expert ids (n, n_expert_used) int32, best first; the next call overwrites them.
         """
         self._compute(layer)
-        self._routing = self._routing_ports[layer == self._parts.config.n_layer - 1]
+        self._routing = self._routing_ports[self._narrows_at(layer)]
         return self._routing.slot_ids.download()
 
     def router_weights(self) -> np.ndarray:
@@ -83,6 +84,11 @@ class BatchGraph:
     def router_scores(self) -> np.ndarray:
         """The router's logits for every expert, (n, n_expert) float32."""
         return self._routing.scores.download()
+
+    def ffn_input(self) -> np.ndarray:
+        """What the experts of the routed layer get, (n, n_embd) float32."""
+        n, n_embd = len(self._routing.slot_ids.array), self._parts.config.n_embd
+        return self._port(self._parts.state.ffn_input, (n, n_embd), np.float32).download()
 
     def has_prediction(self, layer: int) -> bool:
         """Whether routing `layer` also predicts what the next one will choose."""
@@ -179,8 +185,12 @@ class BatchGraph:
         kv = self._parts.kv
         return model.attention(
             g, self._parts.config, self._parts.weights, layer, kv.k[layer], kv.v[layer], batch,
-            residual,
+            residual, self._narrows_at(layer),
         )  # fmt: skip
+
+    def _narrows_at(self, layer: int) -> bool:
+        """Whether only the last token goes on behind the attention of `layer`."""
+        return layer == self._parts.config.n_layer - 1 and not self.shape.is_trace
 
     # the host's side
 

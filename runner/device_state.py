@@ -27,6 +27,7 @@ class BatchShape:
 
     n_tokens: int
     n_kv: int  # visible cells of the KV cache
+    is_trace: bool = False  # every layer routes every token, and no logits are made
 
 
 class DeviceState:

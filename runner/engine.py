@@ -36,6 +36,16 @@ Cancelled = Callable[[], bool]
 
 
 @dataclass(frozen=True)
+class LayerTrace:
+    """What one layer's router saw and did with n tokens."""
+
+    expert_ids: np.ndarray  # (n, n_expert_used) int32, best first
+    weights: np.ndarray  # (n, n_expert_used) float32
+    scores: np.ndarray  # (n, n_expert) float32, the router's logits
+    ffn_input: np.ndarray  # (n, n_embd) float32, what the experts get
+
+
+@dataclass(frozen=True)
 class Step:
     """One generated token, or the end."""
 
@@ -206,6 +216,20 @@ class Engine:
         """Append one token; returns its logits (n_vocab,), overwritten by the next call."""
         return self._run([token], is_prompt=False)
 
+    def trace(
+        self,
+        tokens: Sequence[int],
+        on_layer: Callable[[int, LayerTrace], None],
+        cancelled: Cancelled = lambda: False,
+    ) -> None:
+        """Append tokens and show what every layer's router does with each of them; no logits.
+
+        Raises CancelledError.
+        """
+        for start in range(0, len(tokens), self._limits.n_batch):
+            batch = tokens[start : start + self._limits.n_batch]
+            self._run(batch, is_prompt=True, cancelled=cancelled, on_layer=on_layer)
+
     def save_usage(self) -> None:
         """Bring the profile of the experts' uses up to date, if any. Raises OptionError."""
         if self._usage is not None and self._cache is not None:
@@ -216,18 +240,24 @@ class Engine:
         self._truncate(0)
 
     def _run(
-        self, tokens: Sequence[int], is_prompt: bool, cancelled: Cancelled = lambda: False
+        self,
+        tokens: Sequence[int],
+        is_prompt: bool,
+        cancelled: Cancelled = lambda: False,
+        on_layer: Callable[[int, LayerTrace], None] | None = None,
     ) -> np.ndarray:
+        """Append a batch; returns the last token's logits, none where `on_layer` traces it."""
         start_ns = time.perf_counter_ns()
         position, kv = self.n_past, self._parts.kv
         passes_ns, wait_ns = self._passes_and_wait_ns()
         cells = kv.cells.take(position, len(tokens))
         try:
             kv.clear_visible()
-            graph = self._graphs.get(BatchShape(len(tokens), kv.cells.n_visible))
+            shape = BatchShape(len(tokens), kv.cells.n_visible, is_trace=on_layer is not None)
+            graph = self._graphs.get(shape)
             graph.begin(np.asarray(tokens, np.int32), position, cells)
-            plans = self._run_layers(graph, cancelled)
-            logits = graph.finish()
+            plans = self._run_layers(graph, cancelled, on_layer)
+            logits = graph.finish() if on_layer is None else np.empty(0, np.float32)
             check_unchanged(self.file)  # else some of it may come from other weights
         except BaseException:
             kv.truncate(position)  # what was not finished was not read
@@ -241,7 +271,12 @@ class Engine:
         )
         return logits
 
-    def _run_layers(self, graph: BatchGraph, cancelled: Cancelled) -> list[RoutingPlan]:
+    def _run_layers(
+        self,
+        graph: BatchGraph,
+        cancelled: Cancelled,
+        on_layer: Callable[[int, LayerTrace], None] | None,
+    ) -> list[RoutingPlan]:
         """All layers of one batch; returns the plan of each layer with experts."""
         experts = self._experts if self._experts and self._experts.is_needed else None
         plans = []
@@ -252,6 +287,10 @@ class Engine:
                 graph.pass_dense(layer)
                 continue
             expert_ids = graph.route(layer)
+            if on_layer is not None:
+                on_layer(layer, _trace_of(graph, expert_ids))
+                if layer == self.model_config.n_layer - 1:
+                    break  # a trace ends with the last router
             if experts is None:  # every expert's slot has its number, as the router wrote it
                 plans.append(miss_policy.all_resident(expert_ids))
             else:
@@ -309,3 +348,12 @@ class Engine:
             raise
         del self._tokens[n_keep : n_keep + n_discard]
         return True
+
+
+def _trace_of(graph: BatchGraph, expert_ids: np.ndarray) -> LayerTrace:
+    return LayerTrace(
+        expert_ids.copy(),
+        graph.router_weights().copy(),
+        graph.router_scores().copy(),
+        graph.ffn_input().copy(),
+    )

@@ -44,9 +44,9 @@ def embed(g: Graph, weights: Weights, batch: BatchTensors) -> Tensor:
 
 def attention(
     g: Graph, config: ModelConfig, weights: Weights, layer: int, k: Tensor, v: Tensor,
-    batch: BatchTensors, residual: Tensor,
+    batch: BatchTensors, residual: Tensor, is_last_only: bool,
 ) -> Tensor:  # fmt: skip
-    """residual += attention(norm(residual)); k and v are this layer's cache."""
+    """residual += attention(norm(residual)), or only its last token; k, v: this layer's cache."""
     w = weights.layers[layer]
     n_tokens = residual.shape[1]
     x = g.rms_norm(residual, w.attn_norm, config.norm_rms_eps)
@@ -69,7 +69,7 @@ def attention(
     )
     out = g.reshape_2d(out, head * n_head, n_tokens)
     out = _linear(g, w.attn_output, out, w.attn_output_bias)
-    if layer == config.n_layer - 1:
+    if is_last_only:
         return _add_last_only(g, out, residual, batch.last_token)
     return g.expand(g.add_inplace(residual, out))
 
@@ -183,6 +183,6 @@ def _heads_of_cache(g: Graph, cache: Tensor, head: int, n_head: int, n_kv: int) 
 
 
 def _add_last_only(g: Graph, out: Tensor, residual: Tensor, last_token: Tensor) -> Tensor:
-    """Behind the last attention only one token goes on; it moves to the front."""
+    """Only one token goes on; it moves to the front."""
     last = g.add(g.get_rows(out, last_token), g.get_rows(residual, last_token))
     return g.copy(last, g.first_rows(residual, 1))
