@@ -31,7 +31,7 @@ def all_resident(expert_ids: np.ndarray) -> RoutingPlan:
     return RoutingPlan(expert_ids.copy(), (), (), expert_ids.size, 0, 0)
 
 
-def exact(
+def exact_plan(
     expert_ids: np.ndarray, slot_of: np.ndarray, on_host: frozenset[int] = frozenset()
 ) -> RoutingPlan:
     """Every pair is computed by the expert that the router chose, with the router's weight.

@@ -157,7 +157,7 @@ class ExpertRunner:
 
     def _plan(self, layer: int, expert_ids: np.ndarray) -> RoutingPlan:
         slot_of = self._cache.table.slot_of[layer]
-        plan = miss_policy.exact(expert_ids, slot_of)
+        plan = miss_policy.exact_plan(expert_ids, slot_of)
         if plan.is_all_hits or self._miss_action == "load" or not self._passes.has_host(layer):
             return plan
         on_host = frozenset(plan.loads)
@@ -165,4 +165,4 @@ class ExpertRunner:
             evicting = plan.loads[self._cache.table.n_empty(layer) :]  # empty slots are for loads
             store = self._cache.store
             on_host = frozenset(e for e in evicting if store.is_cheaper_on_host(layer, e))
-        return miss_policy.exact(expert_ids, slot_of, on_host) if on_host else plan
+        return miss_policy.exact_plan(expert_ids, slot_of, on_host) if on_host else plan

@@ -26,57 +26,57 @@ def counts(plan: RoutingPlan) -> tuple[int, ...]:
 
 
 def test_a_token_whose_experts_are_resident_hits() -> None:
-    plan = miss_policy.exact(routing((C, A)), slots(A, B, C))
+    plan = miss_policy.exact_plan(routing((C, A)), slots(A, B, C))
     assert plan.is_all_hits
     assert (plan.loads, plan.on_host, counts(plan)) == ((), (), (2, 0, 0, 0, 0))
 
 
 def test_a_token_whose_experts_are_missing_loads_them() -> None:
-    plan = miss_policy.exact(routing((E, D)), slots(A, B, C))
+    plan = miss_policy.exact_plan(routing((E, D)), slots(A, B, C))
     assert not plan.is_all_hits
     assert (set(plan.loads), plan.on_host, counts(plan)) == ({D, E}, (), (0, 2, 0, 0, 0))
 
 
 def test_a_slot_of_number_0_is_a_slot() -> None:
-    assert miss_policy.exact(routing((D,)), slots(D)).is_all_hits
-    assert miss_policy.exact(routing((A,)), slots(D)).loads == (A,)
+    assert miss_policy.exact_plan(routing((D,)), slots(D)).is_all_hits
+    assert miss_policy.exact_plan(routing((A,)), slots(D)).loads == (A,)
 
 
 def test_an_expert_that_many_tokens_miss_is_loaded_once_and_each_pair_counts() -> None:
     batch = routing((A, D), (D, B), (C, D), (D, E))
-    plan = miss_policy.exact(batch, slots(A, B, C))
+    plan = miss_policy.exact_plan(batch, slots(A, B, C))
     assert sorted(plan.loads) == [D, E]
     assert counts(plan) == (3, 5, 0, 0, 0)
 
 
 def test_missing_experts_are_computed_on_the_host_where_that_is_said() -> None:
     batch = routing((A, D), (D, B), (C, D), (D, E), (F, E))
-    plan = miss_policy.exact(batch, slots(A, B, C), frozenset({D}))
+    plan = miss_policy.exact_plan(batch, slots(A, B, C), frozenset({D}))
     assert (sorted(plan.loads), plan.on_host) == ([E, F], (D,))
     assert counts(plan) == (3, 3, 4, 0, 0)
 
 
 def test_with_every_missing_expert_on_the_host_nothing_is_loaded() -> None:
-    plan = miss_policy.exact(routing((D, E), (A, E)), slots(A), frozenset({D, E, F}))
+    plan = miss_policy.exact_plan(routing((D, E), (A, E)), slots(A), frozenset({D, E, F}))
     assert (plan.loads, set(plan.on_host), counts(plan)) == ((), {D, E}, (1, 0, 3, 0, 0))
     assert not plan.is_all_hits
 
 
 def test_a_resident_expert_hits_even_where_the_host_could_compute_it() -> None:
-    plan = miss_policy.exact(routing((A, D)), slots(A, B), frozenset({A, B, D}))
+    plan = miss_policy.exact_plan(routing((A, D)), slots(A, B), frozenset({A, B, D}))
     assert (plan.on_host, counts(plan)) == ((D,), (1, 0, 1, 0, 0))
-    assert miss_policy.exact(routing((A, B)), slots(A, B), frozenset({A})).is_all_hits
+    assert miss_policy.exact_plan(routing((A, B)), slots(A, B), frozenset({A})).is_all_hits
 
 
 def test_experts_that_nobody_asked_for_are_left_alone() -> None:
-    plan = miss_policy.exact(routing((A, B)), slots(A), frozenset({E, F}))
+    plan = miss_policy.exact_plan(routing((A, B)), slots(A), frozenset({E, F}))
     assert (plan.loads, plan.on_host) == ((B,), ())
 
 
 def test_an_empty_cache_loads_all_and_a_full_one_nothing() -> None:
     batch = routing((A, B), (C, D), (E, F))
-    assert sorted(miss_policy.exact(batch, slots()).loads) == [A, B, C, D, E, F]
-    assert miss_policy.exact(batch, slots(F, E, D, C, B, A)).is_all_hits
+    assert sorted(miss_policy.exact_plan(batch, slots()).loads) == [A, B, C, D, E, F]
+    assert miss_policy.exact_plan(batch, slots(F, E, D, C, B, A)).is_all_hits
 
 
 @pytest.mark.parametrize("resident", [(), (A,), (A, B, C), (F, E, D, C, B, A)])
@@ -89,7 +89,7 @@ def test_every_pair_keeps_its_expert_and_is_counted_once(
     batch = np.array(chosen, np.int32)
     slot_of = slots(*resident)
     before = batch.copy(), slot_of.copy()
-    plan = miss_policy.exact(batch, slot_of, frozenset(on_host))
+    plan = miss_policy.exact_plan(batch, slot_of, frozenset(on_host))
     assert np.array_equal(plan.experts, before[0]) and plan.experts.dtype == np.int32
     assert np.array_equal(batch, before[0]) and np.array_equal(slot_of, before[1])
     missing = set(range(6)) - set(resident)
@@ -105,7 +105,7 @@ def test_every_pair_keeps_its_expert_and_is_counted_once(
 def test_the_counts_are_plain_numbers_that_json_can_carry() -> None:
     for plan in (
         miss_policy.all_resident(routing((A, B))),
-        miss_policy.exact(routing((A, D), (E, D)), slots(A), frozenset({D})),
+        miss_policy.exact_plan(routing((A, D), (E, D)), slots(A), frozenset({D})),
     ):
         assert all(type(n) is int for n in (*counts(plan), *plan.loads, *plan.on_host))
 
@@ -120,11 +120,11 @@ def test_a_layer_that_has_every_expert_hits_with_every_pair() -> None:
 def test_a_plan_keeps_its_experts_when_slots_are_written_over_the_routers_choice() -> None:
     for residents in [(A, B, C), (A,), ()]:
         batch = routing((A, B), (C, B))
-        plan = miss_policy.exact(batch, slots(*residents))
+        plan = miss_policy.exact_plan(batch, slots(*residents))
         batch[:] = 0
         assert np.array_equal(plan.experts, routing((A, B), (C, B)))
 
 
 def test_one_expert_used_of_one() -> None:
-    assert miss_policy.exact(routing((A,), (A,)), slots(A, n_expert=1)).is_all_hits
-    assert miss_policy.exact(routing((A,), (A,)), slots(n_expert=1)).loads == (A,)
+    assert miss_policy.exact_plan(routing((A,), (A,)), slots(A, n_expert=1)).is_all_hits
+    assert miss_policy.exact_plan(routing((A,), (A,)), slots(n_expert=1)).loads == (A,)

@@ -282,7 +282,7 @@ class CacheProgram(TableProgram):
     def plan(self, layer: int) -> None:
         """What is not there yet is no hit."""
         ids = np.array([self.rng.sample(range(self.n_expert), 2) for _ in range(3)], np.int32)
-        plan = miss_policy.exact(ids, self.table.slot_of[layer])
+        plan = miss_policy.exact_plan(ids, self.table.slot_of[layer])
         resident = set(self.layers[layer].resident.values())
         n_hit = sum(expert in resident for expert in ids.ravel().tolist())
         assert plan.n_hit == n_hit, "a hit that is none"
