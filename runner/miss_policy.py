@@ -1,18 +1,46 @@
 """What happens to each (token, selected expert) pair: pure functions, no state, no ggml.
 
-A policy sees one layer's routing and which experts are resident, and returns a `RoutingPlan`.
+A policy sees one layer's routing and which experts are resident, and returns who computes each
+pair (`Choice`); `plan` says how that is served (`RoutingPlan`). The policies are in
+`runner/standins/`; this is where the rest of the program gets them from.
 """
 
 from dataclasses import dataclass
 
 import numpy as np
 
+from runner.standins.routing import DROPPED, Choice, Gate, Routing
+
+__all__ = [
+    "DROPPED",
+    "Choice",
+    "Gate",
+    "Routing",
+    "RoutingPlan",
+    "ServedWeight",
+    "all_resident",
+    "exact",
+    "exact_plan",
+    "plan",
+]
+
+
+@dataclass(frozen=True, slots=True)
+class ServedWeight:
+    """The router's weight of a batch's pairs, by how they are served; adds up to all of it."""
+
+    hit: float
+    loaded: float
+    on_host: float
+    substituted: float
+    dropped: float
+
 
 @dataclass(frozen=True, slots=True)
 class RoutingPlan:
     """Which expert computes each pair and how it is served; the counts add up to all pairs."""
 
-    experts: np.ndarray  # (n_tokens, n_expert_used) int32
+    experts: np.ndarray  # (n_tokens, n_expert_used) int32, DROPPED where nobody does
     loads: tuple[int, ...]  # experts to read into slots
     on_host: tuple[int, ...]  # experts to compute where they are mapped
     n_hit: int  # pairs computed by the expert that the router chose, resident
@@ -20,6 +48,8 @@ class RoutingPlan:
     n_on_host: int  # pairs computed on the host
     n_substituted: int = 0  # pairs computed by another expert than the router chose
     n_dropped: int = 0  # pairs that nobody computes
+    weights: np.ndarray | None = None  # like experts, float32; None: the router's own
+    weight: ServedWeight | None = None  # None where nobody counts it
 
     @property
     def is_all_hits(self) -> bool:
@@ -49,3 +79,45 @@ def exact_plan(
     n_loaded, n_on_host = int(counts[list(loads)].sum()), int(counts[list(host)].sum())
     n_hit = expert_ids.size - n_loaded - n_on_host
     return RoutingPlan(expert_ids.copy(), loads, host, n_hit, n_loaded, n_on_host)
+
+
+def exact(routing: Routing) -> Choice:
+    """Every pair as the router chose it."""
+    return Choice(routing.expert_ids, routing.weights)
+
+
+def plan(choice: Choice, routing: Routing, on_host: frozenset[int] = frozenset()) -> RoutingPlan:
+    """How a choice is served: missing experts in `on_host` are computed there, others loaded.
+
+    Both of one layer and batch. A pair of another expert than the router chose counts as
+    substituted, its weight always being the router's.
+    """
+    is_resident = routing.is_resident.tolist()
+    chosen = routing.expert_ids.ravel().tolist()
+    experts = choice.experts.ravel().tolist()
+    router_weights = routing.weights.ravel().tolist()
+    missing: set[int] = set()
+    counts, weight = [0] * 5, [0.0] * 5
+    for expert, router_expert, router_weight in zip(experts, chosen, router_weights, strict=True):
+        if expert == DROPPED:
+            kind = 4
+        elif expert != router_expert:
+            kind = 3
+        elif is_resident[expert]:
+            kind = 0
+        else:
+            missing.add(expert)
+            kind = 2 if expert in on_host else 1
+        counts[kind] += 1
+        weight[kind] += router_weight
+    has_own_weights = (
+        choice.weights is not routing.weights and choice.weights.ravel().tolist() != router_weights
+    )
+    return RoutingPlan(
+        choice.experts.copy() if choice.experts is routing.expert_ids else choice.experts,
+        tuple(sorted(missing - on_host)),
+        tuple(sorted(missing & on_host)),
+        *counts,
+        weights=choice.weights if has_own_weights else None,
+        weight=ServedWeight(*weight),
+    )
