@@ -43,12 +43,29 @@ class _InitParams(ctypes.Structure):
     _fields_ = [("mem_size", c_size_t), ("mem_buffer", c_void_p), ("no_alloc", c_bool)]
 
 
+_ToFloat = ctypes.CFUNCTYPE(None, c_void_p, c_void_p, c_int64)  # blocks, floats, elements
+
+
+class _TypeTraits(ctypes.Structure):
+    """`struct ggml_type_traits` in ggml.h, as far as it is read here."""
+
+    _fields_ = [
+        ("type_name", c_char_p),
+        ("blck_size", c_int64),
+        ("blck_size_interleave", c_int64),
+        ("type_size", c_size_t),
+        ("is_quantized", c_bool),
+        ("to_float", _ToFloat),
+    ]
+
+
 TensorPointer = POINTER(TensorHead)
 _T, _P, _I64, _Z, _F = TensorPointer, c_void_p, c_int64, c_size_t, c_float
 
 # name: (result, arguments); the C declarations are in ggml.h, ggml-alloc.h and ggml-backend.h
 _FUNCTIONS: dict[str, tuple[object, list[object]]] = {
     "ggml_version": (c_char_p, []),
+    "ggml_get_type_traits": (POINTER(_TypeTraits), [c_int]),
     "ggml_row_size": (_Z, [c_int, _I64]),
     "ggml_nbytes": (_Z, [_T]),
     "ggml_init": (_P, [_InitParams]),
@@ -129,6 +146,25 @@ class Ggml:
 
     def __getattr__(self, name: str) -> Callable[..., Any]:
         raise AttributeError(f"ggml_{name} is not bound in quant/ggml.py")
+
+
+def to_float(type_id: int, n_block_bytes: int, blocks: np.ndarray, floats: np.ndarray) -> None:
+    """Convert blocks of one ggml type to float32 (n,), as many as `floats` takes.
+
+    `blocks` are exactly their bytes, n_block_bytes each. Raises BackendError for a type that ggml
+    has no conversion for.
+    """
+    ggml = load_ggml()
+    traits = ggml.get_type_traits(type_id).contents
+    if not traits.to_float:
+        name = (traits.type_name or b"?").decode(errors="replace")
+        raise BackendError(f"ggml {ggml.version_text} cannot convert {name} to float32")
+    assert traits.type_size == n_block_bytes, (type_id, traits.type_size, n_block_bytes)
+    assert floats.size % traits.blck_size == 0, (type_id, floats.size)
+    assert blocks.nbytes == floats.size // traits.blck_size * n_block_bytes, blocks.nbytes
+    assert floats.dtype == np.float32 and floats.flags.c_contiguous and floats.flags.writeable
+    assert blocks.flags.c_contiguous
+    traits.to_float(blocks.ctypes.data, floats.ctypes.data, floats.size)
 
 
 @cache
