@@ -99,19 +99,27 @@ class BatchGraph:
         ids: list[int] = self._predicted.download().tolist()
         return ids
 
-    def apply(self, slot_ids: np.ndarray) -> None:
+    def apply(self, slot_ids: np.ndarray, weights: np.ndarray | None = None) -> None:
         """Say which slots compute the experts of the routed layer; they run with the next graph.
 
-        slot_ids (n, n_expert_used) int32.
+        slot_ids (n, n_expert_used) int32; weights as many float32, None = the router's.
         """
         port = self._routing.slot_ids
         if slot_ids is not port.array:
             port.array[:] = slot_ids
             port.upload()
+        self._replace_weights(weights)
 
-    def apply_passes(self) -> None:
+    def apply_passes(self, weights: np.ndarray | None = None) -> None:
         """Say that every pair of the routed layer was computed, by `ExpertPass`."""
         self._is_after_passes = True
+        self._replace_weights(weights)
+
+    def _replace_weights(self, weights: np.ndarray | None) -> None:
+        if weights is not None:
+            port = self._routing.weights
+            port.array[:] = weights
+            port.upload()
 
     def pass_dense(self, layer: int) -> None:
         """Run a layer without experts."""

@@ -6,6 +6,18 @@ MOE_CACHE_AUTO = -1  # what is free, and no cache when the whole model fits
 MOE_CACHE_OFF = 0
 CACHE_POLICIES = ("lru", "lfu", "static")
 MISS_ACTIONS = ("auto", "load", "host")
+BUDDY_OFF, BUDDY_AUTO = "off", "auto"
+BUDDY_POLICIES = (
+    "buddymoe",
+    "router",
+    "similar",
+    "prior",
+    "prior-router",
+    "resident",
+    "drop",
+    "random",
+)
+DEFAULT_BUDDY_BUDGET = 0.05  # share of the router's weight
 
 
 @dataclass(frozen=True)
@@ -25,6 +37,13 @@ class EngineConfig:
     moe_cache_policy: str = "lfu"  # one of CACHE_POLICIES: which expert leaves first
     moe_cache_profile: str = ""  # file with the uses of experts in earlier runs, kept current
     moe_miss: str = "auto"  # one of MISS_ACTIONS: read a missing expert, or compute from the file
+    buddy: str = BUDDY_OFF  # who stands in for missing experts: BUDDY_OFF, BUDDY_AUTO, a policy
+    buddy_budget: float = DEFAULT_BUDDY_BUDGET  # most router weight given to stand-ins; 1 = any
+    buddy_min_rank: int = 2  # the router's first choices, up to rank 1, are never replaced
+    buddy_profile: str = ""  # "" = the one beside the model if any, BUDDY_OFF = none, or a file
+    buddy_seed: int = 0  # of the policy "random"
+    counts_weight: bool = False  # count router weight also where nothing can stand in
+    verify_every: int = 0  # generated tokens between two that are recomputed exactly; 0 = never
 
 
 DEFAULT_SAMPLERS = (

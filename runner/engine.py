@@ -24,11 +24,13 @@ from runner.engine_limits import choose_limits
 from runner.errors import CancelledError, ContextFullError, OptionError
 from runner.experts.cache_plan import plan_cache
 from runner.experts.expert_runner import ExpertRunner
+from runner.experts.miss_planner import MissPlanner
 from runner.graph_cache import GraphCache
 from runner.hardware import available_memory_bytes
 from runner.kv_cache import padded_context
 from runner.miss_policy import RoutingPlan
 from runner.model_sizes import model_sizes
+from runner.standins.make_policy import make_policy
 from runner.stats import StatsRecorder, StatsSnapshot
 
 Progress = Callable[[str, int, int], None]
@@ -96,18 +98,30 @@ class Engine:
             largest = BatchShape(limits.n_batch, padded_context(limits.n_ctx))
             self._graphs = GraphCache(self._parts, largest)
             owned.callback(self._graphs.close)
+            self._planner = self._make_planner()
             self._experts = self._make_runner()
             self._owned = owned.pop_all()
         self._tokens: list[int] = []  # what the KV cache holds, in order
 
-    def _make_runner(self) -> ExpertRunner | None:
+    def _make_planner(self) -> MissPlanner | None:
         if self._cache is None:
+            return None
+        return MissPlanner(
+            self._cache,
+            self._graphs.passes,
+            self.config.moe_miss,
+            make_policy(self.config, self.model_config),
+            self.config.counts_weight,
+        )
+
+    def _make_runner(self) -> ExpertRunner | None:
+        if self._cache is None or self._planner is None:
             return None
         runner = ExpertRunner(
             self._cache,
             self._graphs.passes,
             self._stats,
-            self.config.moe_miss,
+            self._planner,
             counts_uses=self._usage is not None,
         )
         runner.measure_costs()
@@ -256,8 +270,12 @@ class Engine:
             shape = BatchShape(len(tokens), kv.cells.n_visible, is_trace=on_layer is not None)
             graph = self._graphs.get(shape)
             graph.begin(np.asarray(tokens, np.int32), position, cells)
+            if self._planner is not None:
+                self._planner.begin(len(tokens))
             plans = self._run_layers(graph, cancelled, on_layer)
             logits = graph.finish() if on_layer is None else np.empty(0, np.float32)
+            if self._planner is not None:
+                self._planner.end()
             check_unchanged(self.file)  # else some of it may come from other weights
         except BaseException:
             kv.truncate(position)  # what was not finished was not read
@@ -275,7 +293,7 @@ class Engine:
         self,
         graph: BatchGraph,
         cancelled: Cancelled,
-        on_layer: Callable[[int, LayerTrace], None] | None,
+        on_layer: Callable[[int, LayerTrace], None] | None = None,
     ) -> list[RoutingPlan]:
         """All layers of one batch; returns the plan of each layer with experts."""
         experts = self._experts if self._experts and self._experts.is_needed else None

@@ -14,6 +14,9 @@ if TYPE_CHECKING:  # the terminal reads snapshots, and needs no numpy for that
     from runner.miss_policy import RoutingPlan
 
 
+_CLASSES = ("hit", "loaded", "on_host", "substituted", "dropped")
+
+
 @dataclass(frozen=True)
 class StatsRates:
     """What happened between two snapshots; 0.0 where there was nothing to divide."""
@@ -54,6 +57,11 @@ class StatsSnapshot:
     on_host: tuple[int, ...]  # pairs computed by the chosen expert where the file is mapped
     substituted: tuple[int, ...]  # pairs computed by another expert
     dropped: tuple[int, ...]  # pairs computed by none
+    hit_weight: tuple[float, ...]  # of the router, given to these pairs; 0 where it is not counted
+    loaded_weight: tuple[float, ...]
+    on_host_weight: tuple[float, ...]
+    substituted_weight: tuple[float, ...]
+    dropped_weight: tuple[float, ...]
     bytes_read: tuple[int, ...]
     n_evicted: tuple[int, ...]
     n_slots: tuple[int, ...]
@@ -91,6 +99,16 @@ class StatsSnapshot:
     @property
     def dropped_share(self) -> float:
         return share(sum(self.dropped), self.n_pairs)
+
+    @property
+    def weight(self) -> float:
+        """Router weight of all pairs; 0.0 where it is not counted."""
+        return sum(sum(getattr(self, f"{name}_weight")) for name in _CLASSES)
+
+    @property
+    def substituted_weight_share(self) -> float:
+        """The part of the router's weight that went to others than it chose, dropped included."""
+        return share(sum(self.substituted_weight) + sum(self.dropped_weight), self.weight)
 
     @property
     def read_gb_per_s(self) -> float:
@@ -133,6 +151,7 @@ class StatsRecorder:
         self._on_host = [0] * n_layer
         self._substituted = [0] * n_layer
         self._dropped = [0] * n_layer
+        self._weight = {name: [0.0] * n_layer for name in _CLASSES}
         self._bytes_read = [0] * n_layer
         self._n_routings = 0
         self._n_tokens = {True: 0, False: 0}
@@ -160,6 +179,9 @@ class StatsRecorder:
                 self._on_host[layer] += plan.n_on_host
                 self._substituted[layer] += plan.n_substituted
                 self._dropped[layer] += plan.n_dropped
+                if plan.weight is not None:
+                    for name in _CLASSES:
+                        self._weight[name][layer] += getattr(plan.weight, name)
             self._n_routings += len(plans)
             self._n_tokens[is_prompt] += n_tokens
             self._batch_ns[is_prompt] += total_ns
@@ -204,6 +226,11 @@ class StatsRecorder:
                 on_host=tuple(self._on_host),
                 substituted=tuple(self._substituted),
                 dropped=tuple(self._dropped),
+                hit_weight=tuple(self._weight["hit"]),
+                loaded_weight=tuple(self._weight["loaded"]),
+                on_host_weight=tuple(self._weight["on_host"]),
+                substituted_weight=tuple(self._weight["substituted"]),
+                dropped_weight=tuple(self._weight["dropped"]),
                 bytes_read=tuple(self._bytes_read),
                 n_evicted=n_evicted or (0,) * len(self._hit),
                 n_slots=self._n_slots,

@@ -4,16 +4,17 @@ Decides what is read ahead, and counts. Which expert is read and computed when i
 """
 
 import time
+from dataclasses import replace
 
 import numpy as np
 
-from runner import miss_policy
 from runner.batch_graph import BatchGraph
 from runner.expert_pass import ExpertPasses
 from runner.experts.expert_cache import ExpertCache
+from runner.experts.miss_planner import MissPlanner
 from runner.experts.prefetcher import Load
 from runner.experts.streaming import Streaming
-from runner.miss_policy import RoutingPlan
+from runner.miss_policy import DROPPED, RoutingPlan
 from runner.stats import StatsRecorder
 
 _N_WARM_UP = 2  # runs before one that is timed
@@ -27,15 +28,14 @@ class ExpertRunner:
         cache: ExpertCache,
         passes: ExpertPasses,
         stats: StatsRecorder,
-        miss_action: str,
+        planner: MissPlanner,
         counts_uses: bool = False,
     ) -> None:
-        """miss_action: what happens to a missing expert: "load", "host" or "auto", the cheaper;
-        counts_uses: also where nothing is missing."""
+        """counts_uses: also where nothing is missing."""
         self._cache = cache
         self._passes = passes
         self._stats = stats
-        self._miss_action = miss_action
+        self._planner = planner
         self._counts_uses = counts_uses
         self._guess: Load | None = None
         self.wait_ns = 0  # spent waiting for reads, since the model was loaded
@@ -94,21 +94,27 @@ class ExpertRunner:
         if table.has_all(layer):
             table.count_uses(layer, expert_ids)
             self._guess_ahead(graph, layer)
-            return miss_policy.all_resident(expert_ids)
+            return self._planner.plan_of_all(expert_ids)
         table.record_use(layer, expert_ids)
-        plan = self._plan(layer, expert_ids)
+        plan = self._planner.plan(graph, layer, expert_ids)
+        if plan.n_dropped:
+            plan = replace(plan, experts=self._with_filler(layer, plan.experts))
         guess = self._end_guess(layer, plan)
         extra = self._favourites_to_place(layer, plan) if graph.shape.n_tokens > 1 else []
         if plan.is_all_hits and not extra:
             slots = table.slot_of[layer][plan.experts]
             table.hold_only(layer, slots)
-            graph.apply(slots)
+            graph.apply(slots, plan.weights)
             self._guess_ahead(graph, layer)
         else:
             streaming = Streaming(self._cache, self._passes, layer, plan, guess)
             streaming.run(extra, self.finish, lambda: self._guess_ahead(graph, layer))
-            graph.apply_passes()
+            graph.apply_passes(plan.weights)
         return plan
+
+    def _with_filler(self, layer: int, experts: np.ndarray) -> np.ndarray:
+        """Pairs that nobody computes, of weight 0, go to a resident: ggml leaves none out."""
+        return np.where(experts == DROPPED, self._cache.table.residents(layer)[0], experts)
 
     def _favourites_to_place(self, layer: int, plan: RoutingPlan) -> list[int]:
         """What a prompt reads besides its own experts, for the slots that would stay empty."""
@@ -121,7 +127,7 @@ class ExpertRunner:
 
     def _guess_ahead(self, graph: BatchGraph, layer: int) -> None:
         """Begin to read what the next layer will probably ask for and does not have."""
-        if not graph.has_prediction(layer):
+        if not (graph.has_prediction(layer) and self._planner.may_read):
             return
         if self._guess is not None:  # left from a batch that failed
             self._cache.stop_guess(self._guess)
@@ -154,15 +160,3 @@ class ExpertRunner:
         self._stats.record_read(load.layer, load.n_read_bytes, load.duration_ns)
         if not load.n_skipped_bytes:  # the rest of an expert says little about a whole one
             self._cache.store.observe_read(load.n_read_bytes, load.duration_ns / 1e9)
-
-    def _plan(self, layer: int, expert_ids: np.ndarray) -> RoutingPlan:
-        slot_of = self._cache.table.slot_of[layer]
-        plan = miss_policy.exact_plan(expert_ids, slot_of)
-        if plan.is_all_hits or self._miss_action == "load" or not self._passes.has_host(layer):
-            return plan
-        on_host = frozenset(plan.loads)
-        if self._miss_action == "auto":
-            evicting = plan.loads[self._cache.table.n_empty(layer) :]  # empty slots are for loads
-            store = self._cache.store
-            on_host = frozenset(e for e in evicting if store.is_cheaper_on_host(layer, e))
-        return miss_policy.exact_plan(expert_ids, slot_of, on_host) if on_host else plan

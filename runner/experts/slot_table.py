@@ -89,6 +89,10 @@ class SlotTable:
         n_taken = (self.expert_in[layer] != EMPTY) | (self._filling[layer] != EMPTY)
         return self.n_slots[layer] - int(n_taken.sum())
 
+    def has_empty(self, layer: int) -> bool:
+        """Whether a slot of the layer holds no expert."""
+        return self._n_resident[layer] < self.n_slots[layer]
+
     def worth(self, layer: int) -> np.ndarray:
         """How much each expert of a layer is worth keeping, (n_expert,)."""
         return eviction.worth(self.policy, self.last_used[layer], self.frequency[layer])

@@ -10,10 +10,9 @@ from gguf import GGMLQuantizationType as T
 
 from runner.batch_graph import BatchGraph, BatchShape
 from runner.config import EngineConfig
-from runner.engine import Cancelled, Engine
+from runner.engine import Engine, LayerTrace
 from runner.errors import BackendError, CancelledError, ContextFullError, OptionError
 from runner.graph_cache import GraphCache
-from runner.miss_policy import RoutingPlan
 from tests.conftest import FILE_TYPES
 from tests.llama_cpp_oracle import LlamaCpp, mean_kl
 from tests.numpy_oracle import numpy_logits
@@ -178,22 +177,29 @@ def test_a_prompt_in_several_batches_gives_the_same_logits(demo_path, held_out_t
 
 def test_the_router_chooses_what_its_scores_say(demo_path, held_out_text) -> None:
     engine = Engine(demo_path, THREADS)
-    seen = []
-
-    def look(graph: BatchGraph, cancelled: Cancelled) -> list[RoutingPlan]:
-        for layer in range(engine.model_config.n_layer):
-            ids = graph.route(layer).copy()
-            seen.append((ids, graph.router_weights().copy(), graph.router_scores().copy()))
-        return []
-
-    engine._run_layers = look  # type: ignore[method-assign]
-    engine.prefill([0, *range(300, 340)])
-    for ids, weights, scores in seen:
+    seen: list[LayerTrace] = []
+    engine.trace([0, *range(300, 340)], lambda layer, trace: seen.append(trace))
+    for trace in seen:
+        ids, weights, scores = trace.expert_ids, trace.weights, trace.scores
         expected_ids = np.argsort(-scores, axis=1, kind="stable")[:, :2]
         assert (ids == expected_ids).all()
         chosen = np.exp(np.take_along_axis(scores, expected_ids, axis=1).astype(np.float64))
         assert np.allclose(weights, chosen / chosen.sum(axis=1, keepdims=True), atol=1e-6)
-    assert [len(ids) for ids, _, _ in seen] == [41] * 7 + [1]
+    assert [len(trace.expert_ids) for trace in seen] == [41] * 8
+    engine.close()
+
+
+def test_a_trace_leaves_the_context_that_a_prompt_leaves(demo_path) -> None:
+
+    engine = Engine(demo_path, EngineConfig(n_threads=1, n_batch=16))
+    tokens = [0, *range(300, 340)]
+    seen: dict[int, list[LayerTrace]] = {}
+    engine.trace(tokens, lambda layer, trace: seen.setdefault(layer, []).append(trace))
+    assert [len(trace.ffn_input) for trace in seen[7]] == [16, 16, 9]
+    after_trace = engine.decode(50).copy()
+    engine.reset()
+    engine.prefill(tokens)
+    assert np.array_equal(engine.decode(50), after_trace)
     engine.close()
 
 

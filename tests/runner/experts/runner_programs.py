@@ -16,6 +16,7 @@ from runner.config import CACHE_POLICIES, MISS_ACTIONS
 from runner.errors import BackendError, GGUFError
 from runner.experts.expert_cache import ExpertCache
 from runner.experts.expert_runner import ExpertRunner
+from runner.experts.miss_planner import MissPlanner
 from runner.experts.slot_table import SlotTable
 from runner.miss_policy import RoutingPlan
 from runner.stats import StatsRecorder
@@ -57,13 +58,13 @@ class Witness:
     def predicted_experts(self) -> list[int]:
         return self._rng.sample(range(self._model.config.n_expert), self._shape[1])
 
-    def apply(self, slot_ids: np.ndarray) -> None:
-        assert slot_ids.shape == self._shape
+    def apply(self, slot_ids: np.ndarray, weights: np.ndarray | None = None) -> None:
+        assert slot_ids.shape == self._shape and weights is None
         self._applied = slot_ids.copy()
         self.n_computed += 1
 
-    def apply_passes(self) -> None:
-        assert self.passes
+    def apply_passes(self, weights: np.ndarray | None = None) -> None:
+        assert self.passes and weights is None
 
     def end(self) -> None:
         """The layer is served. A graph that was told nothing reads slots numbered like experts."""
@@ -128,7 +129,8 @@ class RunnerProgram:
         self.witness = Witness(self.model, self.cache, rng)
         self.stats = StatsRecorder(config.n_layer, n_slots)
         self.miss_action = rng.choice(MISS_ACTIONS)
-        self.runner = runner_type(self.cache, self.witness, self.stats, self.miss_action)
+        planner = MissPlanner(self.cache, self.witness, self.miss_action)
+        self.runner = runner_type(self.cache, self.witness, self.stats, planner)
         self.n_done: Counter[str] = Counter()
         self.log: deque[str] = deque(maxlen=40)
         self._layer = 0  # of the latest batch

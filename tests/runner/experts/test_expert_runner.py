@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from runner.experts.expert_runner import ExpertRunner
+from runner.experts.miss_planner import MissPlanner
 from runner.stats import StatsRecorder
 from tests.runner.experts.cache_programs import (
     OpenModel,
@@ -54,7 +55,7 @@ def make_runner(cache: TimedCache, model: OpenModel, action: str) -> tuple[Exper
     witness = Witness(model, cache, Random(0))
     witness.hosts = [True] * model.config.n_layer
     stats = StatsRecorder(model.config.n_layer, cache.table.n_slots)
-    return ExpertRunner(cache, witness, stats, action), witness
+    return ExpertRunner(cache, witness, stats, MissPlanner(cache, witness, action)), witness
 
 
 def serve(

@@ -1,0 +1,107 @@
+"""Decides how each pair of a layer is served: by its expert, or by a buddy if there are any.
+
+Knows the residents, the budget and the costs; reads and computes nothing.
+"""
+
+from dataclasses import replace
+
+import numpy as np
+
+from runner import miss_policy
+from runner.batch_graph import BatchGraph
+from runner.expert_pass import ExpertPasses
+from runner.experts.expert_cache import ExpertCache
+from runner.miss_policy import Choice, Routing, RoutingPlan, ServedWeight
+from runner.standins.buddy_policy import BuddyPolicy
+
+_NONE: frozenset[int] = frozenset()
+
+
+class MissPlanner:
+    """Makes the plan of one layer after the other; `begin` and `end` frame a batch."""
+
+    def __init__(
+        self,
+        cache: ExpertCache,
+        passes: ExpertPasses,
+        miss_action: str,
+        buddies: BuddyPolicy | None = None,
+        counts_weight: bool = False,
+    ) -> None:
+        """miss_action: what happens to a missing expert: "load", "host" or "auto", the cheaper;
+        buddies: who may stand in for it before; counts_weight: the router's, also without them."""
+        self._table = cache.table
+        self._store = cache.store
+        self._passes = passes
+        self._miss_action = miss_action
+        self._buddies = buddies
+        self._is_exact = False
+        self._counts_weight = counts_weight or buddies is not None
+
+    @property
+    def may_read(self) -> bool:
+        """Whether a missing expert may have to be read, with every slot filled."""
+        return self._buddies is None or self._is_exact or self._buddies.is_bounded
+
+    def begin(self, n_tokens: int, is_exact: bool = False) -> None:
+        """A batch comes. is_exact: nobody stands in, and the budget does not notice."""
+        self._is_exact = is_exact
+        if self._buddies is not None and not is_exact:
+            self._buddies.begin(n_tokens)
+
+    def end(self) -> None:
+        """The batch is finished."""
+        if self._buddies is not None and not self._is_exact:
+            self._buddies.end()
+
+    def plan(self, graph: BatchGraph, layer: int, expert_ids: np.ndarray) -> RoutingPlan:
+        """expert_ids (n, n_expert_used) int32, what the graph's router just chose."""
+        slot_of = self._table.slot_of[layer]
+        if not self._counts_weight:
+            plan = miss_policy.exact_plan(expert_ids, slot_of)
+            on_host = self._to_compute_on_host(layer, plan)
+            return miss_policy.exact_plan(expert_ids, slot_of, on_host) if on_host else plan
+        is_resident = slot_of >= 0
+        if is_resident[expert_ids].all():
+            return self.plan_of_all(expert_ids)
+        weights, scores = graph.router_weights(), graph.router_scores()
+        routing = Routing(expert_ids, weights, scores, is_resident)
+        choice = self._choose(layer, routing)
+        plan = miss_policy.plan(choice, routing)
+        on_host = self._to_compute_on_host(layer, plan)
+        return miss_policy.plan(choice, routing, on_host) if on_host else plan
+
+    def plan_of_all(self, expert_ids: np.ndarray) -> RoutingPlan:
+        """The plan of a layer whose experts are all resident for good."""
+        plan = miss_policy.all_resident(expert_ids)
+        if not self._counts_weight:
+            return plan
+        return replace(plan, weight=ServedWeight(float(len(expert_ids)), 0.0, 0.0, 0.0, 0.0))
+
+    def _choose(self, layer: int, routing: Routing) -> Choice:
+        """An empty slot is for what is missing, so nobody stands in before all are filled."""
+        if self._buddies is None or self._is_exact or self._table.has_empty(layer):
+            return miss_policy.exact(routing)
+        choice = self._buddies.choose(layer, routing)
+        if len(routing.expert_ids) > 1:
+            choice = self._choose_again(layer, routing, choice)
+        self._buddies.spend(routing, choice)
+        return choice
+
+    def _choose_again(self, layer: int, routing: Routing, choice: Choice) -> Choice:
+        """An expert that is read for one token is there for the whole batch."""
+        assert self._buddies is not None
+        is_there = routing.is_resident.copy()
+        is_there[choice.experts[choice.experts >= 0]] = True
+        if is_there.sum() == routing.is_resident.sum():
+            return choice
+        return self._buddies.choose(layer, replace(routing, is_resident=is_there))
+
+    def _to_compute_on_host(self, layer: int, plan: RoutingPlan) -> frozenset[int]:
+        """Which of the plan's loads are rather computed where they are mapped."""
+        if not plan.loads or self._miss_action == "load" or not self._passes.has_host(layer):
+            return _NONE
+        if self._miss_action == "host":
+            return frozenset(plan.loads)
+        evicting = plan.loads[self._table.n_empty(layer) :]  # empty slots are for loads
+        return frozenset(e for e in evicting if self._store.is_cheaper_on_host(layer, e))

@@ -1,0 +1,53 @@
+"""The policy of one run: who stands in for missing experts, within the budget. Owns the budget.
+
+Which pairs are given away is a pure function in `miss_policy`; here it gets its parameters, which
+follow the budget. Knows no cache and no ggml.
+"""
+
+from collections.abc import Callable
+
+from runner.miss_policy import Choice, Gate, Routing
+from runner.standins.budget import Budget, Opening
+
+Choose = Callable[[int, Routing, Gate, float], Choice]  # layer, routing, gate, opening
+
+
+class BuddyPolicy:
+    """Chooses for one batch after the other, layer by layer; an engine's thread drives it."""
+
+    def __init__(
+        self, name: str, choose: Choose, budget: Budget, opening: Opening, min_rank: int
+    ) -> None:
+        """min_rank: the best rank, counted from 1, that may be given away."""
+        self.name = name
+        self.budget = budget
+        self.opening = opening
+        self._choose = choose
+        self._min_rank = min_rank
+        self._n_tokens = 0
+
+    @property
+    def is_bounded(self) -> bool:
+        """Whether misses may have to be exact because the budget is used up."""
+        return self.budget.share < 1.0
+
+    def begin(self, n_tokens: int) -> None:
+        """A batch comes."""
+        self._n_tokens = n_tokens
+        self.budget.begin(n_tokens)
+
+    def choose(self, layer: int, routing: Routing) -> Choice:
+        """Who computes the layer's pairs; counts nothing."""
+        allowance = self.budget.allowance(layer) if self.is_bounded else None
+        gate = Gate(min_rank=self._min_rank, allowance=allowance)
+        return self._choose(layer, routing, gate, self.opening.value)
+
+    def spend(self, routing: Routing, choice: Choice) -> None:
+        """Count what was chosen; once for every layer of the batch that misses something."""
+        given = choice.experts != routing.expert_ids
+        if given.any():
+            self.budget.spend((routing.weights * given).sum(axis=1))
+
+    def end(self) -> None:
+        """The batch is finished."""
+        self.opening.follow(self.budget.end(), self._n_tokens)
