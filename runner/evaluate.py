@@ -1,0 +1,273 @@
+"""Judges a run by the exact run of the same file, token by token. Knows no terminal, no socket.
+
+Unlike llama-perplexity, which computes a window as one batch and scores its second half, every
+token is decoded alone, as in a chat, so the cache of experts evolves as it does there; and every
+token of a window but the first is scored, by the logits behind the tokens in front of it.
+"""
+
+import shutil
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, closing
+from dataclasses import dataclass, replace
+from itertools import pairwise
+from pathlib import Path
+from types import TracebackType
+from typing import Protocol, Self
+
+import numpy as np
+
+from runner.byte_sizes import bytes_text
+from runner.config import BUDDY_OFF, EngineConfig
+from runner.engine import Engine
+from runner.errors import CancelledError, OptionError
+from runner.quality.divergence import Scores, log_softmax, perplexity
+from runner.quality.evaluation import Evaluation, RunCost, RunProgress, WindowDone
+from runner.stats import StatsSnapshot, share
+
+_REPORT_EVERY_S = 0.2
+_SPARE_BYTES = 64 << 20  # of the disk, left for others
+
+Window = Sequence[int]
+
+
+@dataclass(frozen=True)
+class Listeners:
+    """Who hears of a run while it goes on, and who may end it."""
+
+    load: Callable[[str, int, int], None] = lambda stage, done, total: None
+    emit: Callable[[RunProgress | WindowDone], None] = lambda event: None
+    cancelled: Callable[[], bool] = lambda: False
+
+
+_NOBODY = Listeners()
+
+
+class BaseRun:
+    """An exact run over windows, made by `record_base`: what it cost, and its logits in a file
+    that goes when this is closed or the process ends. Serves one comparison at a time."""
+
+    def __init__(self, path: Path, windows: Sequence[Window]) -> None:
+        """Raises OptionError when there is no folder for temporary files."""
+        self.path = path
+        self.windows = tuple(tuple(window) for window in windows)
+        self.n_tokens = sum(len(window) - 1 for window in windows)  # scored ones
+        self.n_ctx = max(len(window) for window in windows)
+        self.cost: RunCost | None = None  # None until the run is over
+        self._n_vocab = 0
+        try:
+            self._file = tempfile.TemporaryFile(prefix="buddyrun-")  # noqa: SIM115
+        except OSError as error:
+            raise OptionError(f"cannot keep logits in a temporary file: {error}") from error
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Remove the file. Can be called twice."""
+        self._file.close()
+
+    def write(self, logits: np.ndarray) -> None:
+        """Append the logits (n_vocab,) float32 in front of the next scored token.
+
+        Raises OptionError when the disk has no room for all of them.
+        """
+        if not self._n_vocab:
+            self._n_vocab = len(logits)
+            _check_room(logits.nbytes * self.n_tokens, self.n_tokens)
+        try:
+            self._file.write(logits.tobytes())
+        except OSError as error:
+            folder = tempfile.gettempdir()
+            raise OptionError(f"cannot write logits to {folder}: {error.strerror}") from error
+
+    def rows(self) -> Iterator[np.ndarray]:
+        """The logits (n_vocab,) float32 in front of every scored token; overwritten by the next."""
+        self._file.seek(0)
+        row = np.empty(self._n_vocab, np.float32)
+        for _ in range(self.n_tokens):
+            self._file.readinto(row.data)
+            yield row
+
+
+def cut_windows(
+    tokens: Sequence[int], n_ctx: int, bos: int = -1, max_windows: int = 0, max_tokens: int = 0
+) -> list[list[int]]:
+    """Windows of n_ctx tokens, each begun by one `bos` of its own unless that is -1.
+
+    The last one may be shorter; a rest without a token to score is left out. At most max_windows
+    of the first max_tokens tokens; 0 = all.
+    """
+    start = [bos] if bos >= 0 else []
+    step = n_ctx - len(start)
+    used = tokens[:max_tokens] if max_tokens else tokens
+    windows = [[*start, *used[at : at + step]] for at in range(0, len(used), step)]
+    windows = [window for window in windows if len(window) > 1]
+    return windows[:max_windows] if max_windows else windows
+
+
+def record_base(
+    path: str | Path,
+    config: EngineConfig,
+    windows: Sequence[Window],
+    listeners: Listeners = _NOBODY,
+) -> BaseRun:
+    """Run the windows exactly, with the cache settings of `config`; close what is returned.
+
+    An engine is loaded for this and closed. Raises OptionError when the disk has no room,
+    CancelledError, and what loading raises.
+    """
+    assert windows
+    with ExitStack() as undo:
+        base = undo.enter_context(BaseRun(Path(path), windows))
+        exact = replace(config, buddy=BUDDY_OFF)
+        base.cost = cost_of(_run(base, exact, _Recorder(base), listeners))
+        undo.pop_all()
+    return base
+
+
+def compare(
+    base: BaseRun,
+    config: EngineConfig,
+    listeners: Listeners = _NOBODY,
+    scores: Scores | None = None,
+) -> Evaluation:
+    """Run the windows of `base` with `config` and judge every token by what base said.
+
+    An engine is loaded for this and closed. `scores`, of base.n_tokens tokens, gets the figures of
+    each one. Raises CancelledError, and what loading raises.
+    """
+    assert base.cost is not None, "the exact run has not ended"
+    scores = scores or Scores(base.n_tokens)
+    counted = _run(base, config, _Judge(base, scores, listeners), listeners)
+    return Evaluation(
+        divergence=scores.divergence(),
+        run=cost_of(counted),
+        base=base.cost,
+        policy=config.buddy,
+        buddy_budget=config.buddy_budget,
+        buddy_min_rank=config.buddy_min_rank,
+        moe_cache_slots=min(counted.n_slots, default=0),
+        n_ctx=base.n_ctx,
+        n_windows=len(base.windows),
+    )
+
+
+def cost_of(counted: StatsSnapshot) -> RunCost:
+    """What a run took, from the counters of it alone."""
+    weights = {
+        name: sum(getattr(counted, f"{name}_weight")) for name in ("hit", "loaded", "on_host")
+    }
+    has_weights = counted.weight > 0  # without a cache nobody counts them: all are hits
+    hit_weight = share(weights["hit"], counted.weight) if has_weights else counted.hit_share
+    return RunCost(
+        hit_share=counted.hit_share,
+        substituted_share=counted.substituted_share,
+        loaded_share=counted.loaded_share,
+        on_host_share=counted.on_host_share,
+        dropped_share=counted.dropped_share,
+        hit_weight_share=hit_weight,
+        substituted_weight_share=counted.substituted_weight_share,
+        loaded_weight_share=share(weights["loaded"], counted.weight),
+        on_host_weight_share=share(weights["on_host"], counted.weight),
+        dropped_weight_share=share(sum(counted.dropped_weight), counted.weight),
+        bytes_read=sum(counted.bytes_read),
+        seconds=counted.generation_s,
+        tokens_per_s=share(counted.n_tokens_generated, counted.generation_s),
+    )
+
+
+class _Scorer(Protocol):
+    """What is done with the logits of a run."""
+
+    def add(self, logits: np.ndarray, token: int) -> None:
+        """Take the logits in front of `token`."""
+
+    def progress(self) -> RunProgress:
+        """How far it is."""
+
+    def end_window(self, number: int) -> None:
+        """Window `number`, from 1, is over."""
+
+
+class _Recorder:
+    """Keeps the logits of the exact run."""
+
+    def __init__(self, base: BaseRun) -> None:
+        self._base = base
+        self._nll: list[float] = []
+
+    def add(self, logits: np.ndarray, token: int) -> None:
+        self._base.write(logits)
+        self._nll.append(-float(log_softmax(logits)[token]))
+
+    def progress(self) -> RunProgress:
+        ppl = perplexity(np.array(self._nll))
+        return RunProgress(True, len(self._nll), self._base.n_tokens, ppl)
+
+    def end_window(self, number: int) -> None:
+        pass
+
+
+class _Judge:
+    """Scores a run by the logits of the exact one."""
+
+    def __init__(self, base: BaseRun, scores: Scores, listeners: Listeners) -> None:
+        self._rows = base.rows()
+        self._n_tokens = base.n_tokens
+        self._scores = scores
+        self._listeners = listeners
+
+    def add(self, logits: np.ndarray, token: int) -> None:
+        self._scores.add(next(self._rows), logits, token)
+
+    def progress(self) -> RunProgress:
+        scores = self._scores
+        kl_mean = float(scores.kl.mean())
+        return RunProgress(False, scores.n_scored, self._n_tokens, perplexity(scores.nll), kl_mean)
+
+    def end_window(self, number: int) -> None:
+        self._listeners.emit(WindowDone(number, self._scores.divergence()))
+
+
+def _run(
+    base: BaseRun, config: EngineConfig, scorer: _Scorer, listeners: Listeners
+) -> StatsSnapshot:
+    """Decode every window from an empty context; returns the counters of that."""
+    config = replace(
+        config, n_ctx=base.n_ctx, context_shift=False, counts_weight=True, verify_every=0
+    )
+    reported_s = time.monotonic()
+    with closing(Engine(base.path, config, listeners.load, listeners.cancelled)) as engine:
+        before = engine.snapshot()
+        for number, window in enumerate(base.windows):
+            engine.reset()
+            for token, following in pairwise(window):
+                if listeners.cancelled():
+                    raise CancelledError
+                scorer.add(engine.decode(token), following)
+                if time.monotonic() - reported_s >= _REPORT_EVERY_S:
+                    listeners.emit(scorer.progress())
+                    reported_s = time.monotonic()
+            scorer.end_window(number + 1)
+        return engine.snapshot().counted_since(before)
+
+
+def _check_room(n_bytes: int, n_tokens: int) -> None:
+    folder = tempfile.gettempdir()
+    free = shutil.disk_usage(folder).free
+    if n_bytes + _SPARE_BYTES > free:
+        raise OptionError(
+            f"the logits of {n_tokens} tokens take {bytes_text(n_bytes)} in {folder} and"
+            f" {bytes_text(free)} are free there: take fewer tokens (--tokens, --chunks) or set"
+            " TMPDIR to a folder with more room"
+        )
