@@ -11,6 +11,7 @@ __all__ = [
     "InternalError",
     "ModelError",
     "OptionError",
+    "ProfileError",
     "TemplateError",
     "WorkerDiedError",
 ]
@@ -22,6 +23,10 @@ class ModelError(BuddyrunError):
 
 class OptionError(BuddyrunError):
     """A setting has a value that cannot work; the message names the setting and its range."""
+
+
+class ProfileError(BuddyrunError):
+    """A profile of buddies cannot be made, read or used with this model; says what to do."""
 
 
 class ContextFullError(BuddyrunError):
