@@ -22,7 +22,7 @@ from runner.byte_sizes import bytes_text
 from runner.config import BUDDY_OFF, EngineConfig
 from runner.engine import Engine
 from runner.errors import CancelledError, OptionError
-from runner.quality.divergence import Scores, log_softmax, perplexity
+from runner.quality.divergence import Scores, Softmax, perplexity
 from runner.quality.evaluation import Evaluation, RunCost, RunProgress, WindowDone
 from runner.stats import StatsSnapshot, share
 
@@ -205,10 +205,13 @@ class _Recorder:
     def __init__(self, base: BaseRun) -> None:
         self._base = base
         self._nll: list[float] = []
+        self._softmax: Softmax | None = None
 
     def add(self, logits: np.ndarray, token: int) -> None:
         self._base.write(logits)
-        self._nll.append(-float(log_softmax(logits)[token]))
+        self._softmax = self._softmax or Softmax(len(logits))
+        self._softmax.take(logits)
+        self._nll.append(-self._softmax.ln_p(token))
 
     def progress(self) -> RunProgress:
         ppl = perplexity(np.array(self._nll))

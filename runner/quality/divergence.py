@@ -14,12 +14,23 @@ from runner.quality.evaluation import Divergence
 _MAX_EXPONENT = 709.0  # of exp in float64
 
 
-def log_softmax(logits: np.ndarray) -> np.ndarray:
-    """ln of the probabilities, (n_vocab,) float64, of logits (n_vocab,)."""
-    shifted = logits.astype(np.float64)
-    shifted -= shifted.max()
-    shifted -= math.log(np.exp(shifted).sum())
-    return shifted
+class Softmax:
+    """ln of probabilities from logits (n_vocab,) of any float type, without allocating."""
+
+    def __init__(self, n_vocab: int) -> None:
+        self.exponentials = np.empty(n_vocab)  # of the last logits, `sum_exp` times probabilities
+        self.shifted = np.empty(n_vocab)  # the last logits minus their maximum
+        self.sum_exp = 1.0
+
+    def take(self, logits: np.ndarray) -> None:
+        """Compute the above."""
+        np.subtract(logits, logits.max(), out=self.shifted, dtype=np.float64)
+        np.exp(self.shifted, out=self.exponentials)
+        self.sum_exp = float(self.exponentials.sum())
+
+    def ln_p(self, token: int) -> float:
+        """ln of the probability of a token."""
+        return float(self.shifted[token]) - math.log(self.sum_exp)
 
 
 class Scores:
@@ -27,6 +38,7 @@ class Scores:
 
     def __init__(self, n_tokens: int) -> None:
         self.n_scored = 0
+        self._softmaxes: tuple[Softmax, Softmax] | None = None
         self._nll_base = np.zeros(n_tokens)
         self._nll = np.zeros(n_tokens)
         self._kl = np.zeros(n_tokens)
@@ -63,17 +75,21 @@ class Scores:
 
         Raises ModelError for logits that are no numbers.
         """
-        base, run = log_softmax(base_logits), log_softmax(logits)
-        kl = float(np.exp(base) @ (base - run))
-        if not math.isfinite(kl):
-            raise ModelError(
-                f"the model's answer in front of token {self.n_scored} has values that are no"
-                " numbers: the file may be damaged"
-            )
+        if self._softmaxes is None:
+            self._softmaxes = (Softmax(len(logits)), Softmax(len(logits)))
+        base, run = self._softmaxes
+        base.take(base_logits)
+        run.take(logits)
+        ln_base, ln_run = base.ln_p(token), run.ln_p(token)
         row = self.n_scored
-        self._nll_base[row], self._nll[row] = -base[token], -run[token]
-        self._kl[row] = max(0.0, kl)  # below 0 by rounding only
-        self._delta_p[row] = math.exp(run[token]) - math.exp(base[token])
+        self._kl[row] = _kl(base, run)
+        if not math.isfinite(self._kl[row] + ln_base + ln_run):
+            raise ModelError(
+                f"the model's answer in front of token {row} has values that are no numbers: the"
+                " file may be damaged"
+            )
+        self._nll_base[row], self._nll[row] = -ln_base, -ln_run
+        self._delta_p[row] = math.exp(ln_run) - math.exp(ln_base)
         self._is_same_top[row] = base_logits.argmax() == logits.argmax()
         self.n_scored += 1
 
@@ -110,6 +126,14 @@ class Scores:
             **_quantiles("kl", kl, _KL_QUANTILES),
             **_quantiles("delta_p", delta_p, _DELTA_P_QUANTILES),
         )
+
+
+def _kl(base: Softmax, run: Softmax) -> float:
+    """KL(base || run) = sum p (ln p - ln q), with p and q's constants taken out of the sum."""
+    np.subtract(base.shifted, run.shifted, out=run.shifted)
+    run.shifted *= base.exponentials
+    kl = float(run.shifted.sum()) / base.sum_exp + math.log(run.sum_exp) - math.log(base.sum_exp)
+    return max(kl, 0.0)  # below 0 by rounding only
 
 
 def perplexity(nll: np.ndarray) -> float:
