@@ -5,24 +5,40 @@ pair (`Choice`); `plan` says how that is served (`RoutingPlan`). The policies ar
 `runner/standins/`; this is where the rest of the program gets them from.
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
 
+from runner.standins.buddymoe import BuddyLists, BuddyMoEParameters, buddymoe
 from runner.standins.routing import DROPPED, Choice, Gate, Routing
+from runner.standins.selection import prior, prior_then, resident
+from runner.standins.substitution import drop, exact, random, router, similar
 
 __all__ = [
     "DROPPED",
+    "BuddyLists",
+    "BuddyMoEParameters",
     "Choice",
     "Gate",
     "Routing",
     "RoutingPlan",
     "ServedWeight",
     "all_resident",
+    "buddymoe",
+    "drop",
     "exact",
     "exact_plan",
     "plan",
+    "prior",
+    "prior_then",
+    "random",
+    "resident",
+    "router",
+    "similar",
 ]
+
+_N_WAYS = 5  # hit, loaded, on_host, substituted, dropped
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,43 +97,44 @@ def exact_plan(
     return RoutingPlan(expert_ids.copy(), loads, host, n_hit, n_loaded, n_on_host)
 
 
-def exact(routing: Routing) -> Choice:
-    """Every pair as the router chose it."""
-    return Choice(routing.expert_ids, routing.weights)
-
-
 def plan(choice: Choice, routing: Routing, on_host: frozenset[int] = frozenset()) -> RoutingPlan:
     """How a choice is served: missing experts in `on_host` are computed there, others loaded.
 
     Both of one layer and batch. A pair of another expert than the router chose counts as
-    substituted, its weight always being the router's.
+    substituted wherever it is computed, and its weight is the router's.
     """
-    is_resident = routing.is_resident.tolist()
-    chosen = routing.expert_ids.ravel().tolist()
     experts = choice.experts.ravel().tolist()
     router_weights = routing.weights.ravel().tolist()
-    missing: set[int] = set()
-    counts, weight = [0] * 5, [0.0] * 5
-    for expert, router_expert, router_weight in zip(experts, chosen, router_weights, strict=True):
-        if expert == DROPPED:
-            kind = 4
-        elif expert != router_expert:
-            kind = 3
-        elif is_resident[expert]:
-            kind = 0
-        else:
-            missing.add(expert)
-            kind = 2 if expert in on_host else 1
-        counts[kind] += 1
-        weight[kind] += router_weight
-    has_own_weights = (
-        choice.weights is not routing.weights and choice.weights.ravel().tolist() != router_weights
-    )
+    counts, weight = [0] * _N_WAYS, [0.0] * _N_WAYS
+    for way, router_weight in zip(_ways(experts, routing, on_host), router_weights, strict=True):
+        counts[way] += 1
+        weight[way] += router_weight
+    is_resident = routing.is_resident.tolist()
+    missing = {expert for expert in experts if expert != DROPPED and not is_resident[expert]}
+    n_hit, n_loaded, n_on_host, n_substituted, n_dropped = counts
+    is_own = choice.experts is not routing.expert_ids
+    weights = None if choice.weights is routing.weights else choice.weights
     return RoutingPlan(
-        choice.experts.copy() if choice.experts is routing.expert_ids else choice.experts,
+        choice.experts if is_own else choice.experts.copy(),  # slots are written over the router's
         tuple(sorted(missing - on_host)),
         tuple(sorted(missing & on_host)),
-        *counts,
-        weights=choice.weights if has_own_weights else None,
-        weight=ServedWeight(*weight),
+        n_hit,
+        n_loaded,
+        n_on_host,
+        n_substituted,
+        n_dropped,
+        None if weights is None or weights.ravel().tolist() == router_weights else weights,
+        ServedWeight(*weight),
     )
+
+
+def _ways(experts: list[int], routing: Routing, on_host: frozenset[int]) -> Iterator[int]:
+    """How each pair is served: the place of its way in `ServedWeight`."""
+    is_resident = routing.is_resident.tolist()
+    for expert, chosen in zip(experts, routing.expert_ids.ravel().tolist(), strict=True):
+        if expert != chosen:
+            yield 4 if expert == DROPPED else 3
+        elif is_resident[expert]:
+            yield 0
+        else:
+            yield 2 if expert in on_host else 1
