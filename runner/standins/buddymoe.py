@@ -54,22 +54,25 @@ def coactivation(expert_ids: np.ndarray, n_expert: int) -> np.ndarray:
     return counts
 
 
-def shares(coactivation: np.ndarray) -> np.ndarray:
-    """q(j|i) = M(i, j) / sum over j' of M(i, j'): (n_expert, n_expert) float64; 0 / 0 is 0."""
-    totals = coactivation.sum(axis=1, keepdims=True)
-    q: np.ndarray = coactivation / np.maximum(totals, 1)
+def shares(counts: np.ndarray) -> np.ndarray:
+    """q(j|i) = M(i, j) / sum over j' of M(i, j'): (n_expert, n_expert) float64; 0 / 0 is 0.
+
+    counts: M, as `coactivation` returns it.
+    """
+    totals = counts.sum(axis=1, keepdims=True)
+    q: np.ndarray = counts / np.maximum(totals, 1)
     return q
 
 
 def buddy_lists(
-    coactivation: np.ndarray, alpha: float, k_max: int, hop: np.ndarray | None = None
+    counts: np.ndarray, alpha: float, k_max: int, hop: np.ndarray | None = None
 ) -> BuddyLists:
-    """Each expert's buddies by cumulative frequency (Eq. 5).
+    """Each expert's buddies by cumulative frequency (Eq. 5); counts: M.
 
     Peers by q, the highest first (ties: the lower index), as few as reach alpha together, and
     at most k_max. Who was never used together with an expert is no buddy of it.
     """
-    q = shares(coactivation)
+    q = shares(counts)
     n_expert = len(q)
     order = np.argsort(-q, axis=1, kind="stable")[:, :k_max]
     listed = np.take_along_axis(q, order, axis=1)
@@ -96,7 +99,8 @@ def missing_share(routing: Routing) -> float:
     requested = routing.expert_ids[0]  # a token's are distinct
     if len(routing.expert_ids) > 1:
         requested = np.unique(routing.expert_ids)
-    return routing.is_resident[requested].tolist().count(False) / len(requested)
+    n_missing: int = routing.is_resident[requested].tolist().count(False)
+    return n_missing / len(requested)
 
 
 def buddymoe(
@@ -157,8 +161,8 @@ def _entropy(p: np.ndarray) -> np.ndarray:
     if p.shape[1] == 1:
         return np.zeros(len(p))
     terms = p * np.log(np.where(p > 0.0, p, 1.0))
-    shares: np.ndarray = -terms.sum(axis=1) / math.log(p.shape[1])
-    return shares.clip(0.0, 1.0)
+    spread: np.ndarray = -terms.sum(axis=1) / math.log(p.shape[1])
+    return spread.clip(0.0, 1.0)
 
 
 def _buddymoe_one(
