@@ -3,6 +3,7 @@
 import itertools
 import threading
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from queue import Empty, SimpleQueue
 from types import TracebackType
@@ -22,11 +23,13 @@ from runner.protocol import (
     LoadFields,
     Message,
     ModelInfo,
+    PerplexityFields,
     PromptProgress,
     TextPiece,
 )
+from runner.quality.evaluation import Evaluation, RunProgress, WindowDone
 
-LAST_REPLIES = ("loaded", "done", "bench_done", "stats", "error")
+LAST_REPLIES = ("loaded", "done", "bench_done", "perplexity_done", "stats", "error")
 _ENVELOPE = ("type", "id")  # of every message
 POLL_S = 0.5  # Windows lets Ctrl-C through only between waits
 
@@ -45,7 +48,7 @@ class Client:
     def __init__(self) -> None:
         self._ids = itertools.count(1)
         self._loaded: LoadFields | None = None
-        self._job: int | None = None  # the id of the running load, generate or bench
+        self._job: int | None = None  # the id of the running one
         self._dropped: int | None = None  # a job whose reader went away before its end
         self._open_worker()
 
@@ -120,6 +123,27 @@ class Client:
                 sample = {name: value for name, value in reply.items() if name not in _ENVELOPE}
                 yield protocol.parse(BenchSample, sample)
 
+    def perplexity(
+        self, wanted: PerplexityFields, on_progress: OnProgress | None = None
+    ) -> Iterator[RunProgress | WindowDone | Evaluation]:
+        """Judge settings by the exact run of the same file; the last item is the Evaluation. No
+        model is loaded after it. `on_progress` as for `load`. Raises CancelledError after
+        `cancel`."""
+        model = Path(wanted.model).absolute()
+        self._loaded = None
+        self._circumstances = Circumstances.now(model)
+        for reply in self._run_job("perplexity", replace(wanted, model=str(model))):
+            body = {name: value for name, value in reply.items() if name not in _ENVELOPE}
+            match reply["type"]:
+                case "progress" if on_progress is not None:
+                    on_progress(reply["stage"], reply["done"], reply["total"])
+                case "run_progress":
+                    yield protocol.parse(RunProgress, body)
+                case "window_done":
+                    yield protocol.parse(WindowDone, body)
+                case "perplexity_done":
+                    yield protocol.parse(Evaluation, reply["evaluation"])
+
     def stats(self) -> dict[str, Any]:
         """The engine's counters now, also while it computes."""
         number, mailbox = self._send("stats")
@@ -130,7 +154,7 @@ class Client:
         return snapshot
 
     def cancel(self) -> None:
-        """Ask the worker to end the running load, generate or bench; no-op when none runs."""
+        """Ask the worker to end the running job; no-op when none runs."""
         self._cancel(self._job)
 
     def close(self) -> None:

@@ -5,31 +5,31 @@ token is decoded alone, as in a chat, so the cache of experts evolves as it does
 token of a window but the first is scored, by the logits behind the tokens in front of it.
 """
 
-import shutil
-import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack, closing
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
-from types import TracebackType
-from typing import Protocol, Self
+from typing import Protocol
 
 import numpy as np
 
-from runner.byte_sizes import bytes_text
+from quant.gguf_file import GGUFFile
+from runner.checks.read_model import read_model
 from runner.config import BUDDY_OFF, EngineConfig
 from runner.engine import Engine
+from runner.engine_limits import choose_limits
 from runner.errors import CancelledError, OptionError
+from runner.protocol import PerplexityFields
+from runner.quality.base_run import BaseRun, Window, check_room
 from runner.quality.divergence import Scores, Softmax, perplexity
 from runner.quality.evaluation import Evaluation, RunCost, RunProgress, WindowDone
 from runner.stats import StatsSnapshot, share
+from runner.tokenizer import Tokenizer
 
+DEFAULT_N_CTX = 512  # tokens of a window, as in llama-perplexity
 _REPORT_EVERY_S = 0.2
-_SPARE_BYTES = 64 << 20  # of the disk, left for others
-
-Window = Sequence[int]
 
 
 @dataclass(frozen=True)
@@ -44,59 +44,42 @@ class Listeners:
 _NOBODY = Listeners()
 
 
-class BaseRun:
-    """An exact run over windows, made by `record_base`: what it cost, and its logits in a file
-    that goes when this is closed or the process ends. Serves one comparison at a time."""
+def evaluate(wanted: PerplexityFields, listeners: Listeners = _NOBODY) -> Evaluation:
+    """Judge the settings that are wanted on the texts: an exact run, then the run itself.
 
-    def __init__(self, path: Path, windows: Sequence[Window]) -> None:
-        """Raises OptionError when there is no folder for temporary files."""
-        self.path = path
-        self.windows = tuple(tuple(window) for window in windows)
-        self.n_tokens = sum(len(window) - 1 for window in windows)  # scored ones
-        self.n_ctx = max(len(window) for window in windows)
-        self.cost: RunCost | None = None  # None until the run is over
-        self._n_vocab = 0
-        try:
-            self._file = tempfile.TemporaryFile(prefix="buddyrun-")  # noqa: SIM115
-        except OSError as error:
-            raise OptionError(f"cannot keep logits in a temporary file: {error}") from error
+    Raises BuddyrunError, first for what is known without loading; CancelledError.
+    """
+    config = replace(wanted.engine, n_ctx=wanted.engine.n_ctx or DEFAULT_N_CTX)
+    with GGUFFile.open(wanted.model) as file:
+        choose_limits(config, read_model(file))
+        first_part = file.paths[0]
+    with Tokenizer(first_part) as tokenizer:
+        windows = windows_of_texts(wanted, tokenizer, config.n_ctx)
+        check_room(sum(len(window) - 1 for window in windows), tokenizer.n_vocab)
+    with record_base(wanted.model, config, windows, listeners) as base:
+        evaluation = compare(base, config, listeners)
+    return replace(evaluation, texts=tuple(text.name for text in wanted.texts))
 
-    def __enter__(self) -> Self:
-        return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self.close()
-
-    def close(self) -> None:
-        """Remove the file. Can be called twice."""
-        self._file.close()
-
-    def write(self, logits: np.ndarray) -> None:
-        """Append the logits (n_vocab,) float32 in front of the next scored token.
-
-        Raises OptionError when the disk has no room for all of them.
-        """
-        if not self._n_vocab:
-            self._n_vocab = len(logits)
-            _check_room(logits.nbytes * self.n_tokens, self.n_tokens)
-        try:
-            self._file.write(logits.tobytes())
-        except OSError as error:
-            folder = tempfile.gettempdir()
-            raise OptionError(f"cannot write logits to {folder}: {error.strerror}") from error
-
-    def rows(self) -> Iterator[np.ndarray]:
-        """The logits (n_vocab,) float32 in front of every scored token; overwritten by the next."""
-        self._file.seek(0)
-        row = np.empty(self._n_vocab, np.float32)
-        for _ in range(self.n_tokens):
-            self._file.readinto(row.data)
-            yield row
+def windows_of_texts(wanted: PerplexityFields, tokenizer: Tokenizer, n_ctx: int) -> list[list[int]]:
+    """The windows of all texts in order. Raises OptionError for a text without a token to score."""
+    bos = tokenizer.bos if tokenizer.add_bos else -1
+    windows = []
+    for text in wanted.texts:
+        tokens = tokenizer.tokenize(text.text, add_special=False, parse_special=True)
+        if tokens and tokens[0] == bos:
+            tokens = tokens[1:]  # every window has its own
+        cut = cut_windows(tokens, n_ctx, bos, wanted.max_windows, wanted.max_tokens)
+        if not cut:
+            n_needed = 1 if bos >= 0 else 2
+            raise OptionError(
+                f"{text.name} is too short: it has {len(tokens)} tokens and at least {n_needed}"
+                " are needed to score one"
+            )
+        windows += cut
+    if not windows:
+        raise OptionError("there is no text to score")
+    return windows
 
 
 def cut_windows(
@@ -263,14 +246,3 @@ def _run(
                     reported_s = time.monotonic()
             scorer.end_window(number + 1)
         return engine.snapshot().counted_since(before)
-
-
-def _check_room(n_bytes: int, n_tokens: int) -> None:
-    folder = tempfile.gettempdir()
-    free = shutil.disk_usage(folder).free
-    if n_bytes + _SPARE_BYTES > free:
-        raise OptionError(
-            f"the logits of {n_tokens} tokens take {bytes_text(n_bytes)} in {folder} and"
-            f" {bytes_text(free)} are free there: take fewer tokens (--tokens, --chunks) or set"
-            " TMPDIR to a folder with more room"
-        )

@@ -8,8 +8,9 @@ Requests, client to worker
     load      {model: path, engine: {EngineConfig fields}, chat_template: text | null}
     generate  {request: {GenerateRequest fields}}
     bench     {tests: [{n_prompt, n_gen}], repetitions, text: text}
+    perplexity {PerplexityFields fields}       needs no loaded model, and leaves none
     stats     {}
-    cancel    {target: id}                     ends a running generate, bench or load; no reply
+    cancel    {target: id}                     ends a running job; no reply
     shutdown  {}                               no reply; the worker exits with status 0
 
 Replies, worker to client
@@ -21,11 +22,14 @@ Replies, worker to client
     done             {result: {GenerateResult fields}}           ends generate
     bench_result     {BenchSample fields}                        after every test
     bench_done       {}                                          ends bench
+    run_progress     {RunProgress fields}                        during a run of perplexity
+    window_done      {number: int, divergence: {Divergence fields}}   of the second run's windows
+    perplexity_done  {evaluation: {Evaluation fields}}           ends perplexity
     stats            {snapshot: {StatsSnapshot fields}}          ends stats
     error            {kind: class name in runner.errors, message: text}   ends any request
 
 A load while a model is loaded replaces it. `stats` and `cancel` are answered while a generate runs;
-a second generate, load or bench meanwhile is refused with an error. A message that cannot be read
+a second job meanwhile is refused with an error. A message that cannot be read
 gets an error with the id null. A worker whose client is gone exits.
 
 Before all this the worker writes one line to its stdout, {address, authkey (hex)}: where it listens
@@ -140,6 +144,25 @@ class BenchSample:
     @property
     def n_pairs(self) -> int:
         return self.n_hit + self.n_loaded + self.n_on_host + self.n_substituted + self.n_dropped
+
+
+@dataclass(frozen=True)
+class NamedText:
+    """A text and what to call it."""
+
+    name: str
+    text: str
+
+
+@dataclass(frozen=True)
+class PerplexityFields:
+    """The body of a perplexity message: what is judged, and on which texts."""
+
+    model: str
+    texts: tuple[NamedText, ...]
+    engine: EngineConfig = field(default_factory=EngineConfig)  # n_ctx is that of a window
+    max_windows: int = 0  # of each text; 0 = all
+    max_tokens: int = 0  # of each text, from its start; 0 = all
 
 
 @dataclass(frozen=True)

@@ -11,15 +11,18 @@ from runner.chat_template import MERGED_SYSTEM_NOTE, ChatTemplate
 from runner.config import EngineConfig, GenerateRequest
 from runner.engine import Engine
 from runner.errors import CancelledError, OptionError, TemplateError
+from runner.evaluate import Listeners, evaluate
 from runner.model_sizes import ModelSizes, model_sizes
 from runner.protocol import (
     BenchSample,
     BenchTest,
     GenerateResult,
     ModelInfo,
+    PerplexityFields,
     PromptProgress,
     TextPiece,
 )
+from runner.quality.evaluation import Evaluation, RunProgress, WindowDone
 from runner.sampler import Sampler
 from runner.stats import StatsSnapshot
 from runner.tokenizer import Tokenizer
@@ -119,6 +122,20 @@ class Session:
             pass
         finally:
             model.engine.reset()
+
+    def perplexity(
+        self,
+        wanted: PerplexityFields,
+        on_progress: Callable[[str, int, int], None],
+        emit: Callable[[RunProgress | WindowDone], None],
+        cancelled: Cancelled,
+    ) -> Evaluation:
+        """Judge settings by the exact run of the same file; no model is loaded after it.
+
+        Raises BuddyrunError, CancelledError.
+        """
+        self.close()
+        return evaluate(wanted, Listeners(on_progress, emit, cancelled))
 
     def _loaded(self) -> LoadedModel:
         if self._model is None:

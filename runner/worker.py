@@ -29,10 +29,18 @@ from runner.errors import (
     OptionError,
 )
 from runner.process.worker_home import Home, accept, announce
-from runner.protocol import BenchSample, BenchTest, GenerateResult, Message, ModelInfo
+from runner.protocol import (
+    BenchSample,
+    BenchTest,
+    GenerateResult,
+    Message,
+    ModelInfo,
+    PerplexityFields,
+)
+from runner.quality.evaluation import Evaluation, RunProgress, WindowDone
 
 CLIENT_WAIT_S = 60.0  # a worker that nobody has called for so long exits
-JOBS = ("load", "generate", "bench")
+JOBS = ("load", "generate", "bench", "perplexity")
 
 Cancelled = Callable[[], bool]
 
@@ -61,6 +69,14 @@ class SessionLike(Protocol):
         emit: Callable[[BenchSample], None],
         cancelled: Cancelled,
     ) -> None: ...
+
+    def perplexity(
+        self,
+        wanted: PerplexityFields,
+        on_progress: Callable[[str, int, int], None],
+        emit: Callable[[RunProgress | WindowDone], None],
+        cancelled: Cancelled,
+    ) -> Evaluation: ...
 
     def snapshot(self) -> object: ...
 
@@ -190,6 +206,8 @@ class Desk:
                 return {"type": "loaded", "info": self._load(job)}
             case "generate":
                 return {"type": "done", "result": self._generate(job)}
+            case "perplexity":
+                return {"type": "perplexity_done", "evaluation": self._perplexity(job)}
             case _:
                 self._bench(job)
                 return {"type": "bench_done"}
@@ -197,13 +215,19 @@ class Desk:
     def _load(self, job: Job) -> ModelInfo:
         assert self.session is not None
         wanted = protocol.parse(protocol.LoadFields, _body(job.message))
+        return self.session.load(
+            wanted.model,
+            wanted.engine,
+            wanted.chat_template,
+            self._load_progress(job),
+            job.cancelled.is_set,
+        )
 
+    def _load_progress(self, job: Job) -> Callable[[str, int, int], None]:
         def on_progress(stage: str, done: int, total: int) -> None:
             self._reply(job, {"type": "progress", "stage": stage, "done": done, "total": total})
 
-        return self.session.load(
-            wanted.model, wanted.engine, wanted.chat_template, on_progress, job.cancelled.is_set
-        )
+        return on_progress
 
     def _generate(self, job: Job) -> GenerateResult:
         assert self.session is not None
@@ -225,6 +249,16 @@ class Desk:
         self.session.bench(
             wanted.tests, wanted.repetitions, wanted.text, emit, job.cancelled.is_set
         )
+
+    def _perplexity(self, job: Job) -> Evaluation:
+        assert self.session is not None
+        wanted = protocol.parse(PerplexityFields, _body(job.message))
+
+        def emit(event: RunProgress | WindowDone) -> None:
+            kind = "window_done" if isinstance(event, WindowDone) else "run_progress"
+            self._reply(job, {"type": kind, **vars(event)})
+
+        return self.session.perplexity(wanted, self._load_progress(job), emit, job.cancelled.is_set)
 
     # both threads
 
