@@ -17,6 +17,7 @@ from runner.terminal import cli_options as options
 from runner.terminal.cli_options import Params
 from runner.terminal.command_group import DefaultGroup, FlagCommand, SectionedCommand
 from runner.terminal.expert_options import EXPERT_FLAGS, EXPERT_PLAN_FLAGS, planned_cache
+from runner.terminal.perplexity_options import PERPLEXITY_FLAGS
 from runner.terminal.terminal_text import visible
 
 NAME = "buddyrun"
@@ -160,6 +161,12 @@ def _bench_command(**params: Any) -> None:
     bench_model(_chosen_model(params), params)
 
 
+def _perplexity_command(**params: Any) -> None:
+    from runner.terminal.perplexity_command import judge_model
+
+    judge_model(_chosen_model(params), params)
+
+
 def _chosen_model(params: Params) -> str:
     context = click.get_current_context()
     if params["word"] and options.is_on_command_line(context, "model"):
@@ -249,6 +256,22 @@ commands = DefaultGroup(
             callback=_bench_command,
             short_help="Measure the speed of prompts and generation",
             help="Measure the speed of prompts and generation; columns and fields as llama-bench.",
+        ),
+        FlagCommand(
+            "perplexity",
+            params=[
+                click.Argument(["word"], required=False, metavar="MODEL", type=options.FILE),
+                options.MODEL_FLAG,
+                *PERPLEXITY_FLAGS,
+                *options.THREAD_FLAGS,
+                *EXPERT_FLAGS,
+            ],
+            callback=_perplexity_command,
+            short_help="Measure what stand-ins cost in quality",
+            help="Measure what stand-ins cost in quality: every text is run exactly, then with the"
+            " settings given, token by token from windows with an empty context, and every token"
+            " but a window's first is scored. Figures as llama-perplexity --kl-divergence; base is"
+            " the exact run of the same file.",
         ),
     ],
 )

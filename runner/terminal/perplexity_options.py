@@ -1,0 +1,39 @@
+"""The flags of the command `perplexity`. Knows no command, runs nothing."""
+
+import click
+
+from runner.config import MAX_CTX
+from runner.terminal.cli_options import ENVIRONMENT_PREFIX, FILE, flag, switch
+
+_N_CTX = 512  # as in llama-perplexity
+
+PERPLEXITY_FLAGS = (
+    click.Option(
+        ("-f", "--file", "texts"),
+        help="A text to score; may be repeated.",
+        type=FILE,
+        multiple=True,
+        envvar=f"{ENVIRONMENT_PREFIX}_FILE",
+        show_envvar=True,
+    ),
+    flag(
+        *("-c", "--ctx-size", "n_ctx"),
+        help="Tokens of a window; each begins with an empty context.",
+        type=click.IntRange(2, MAX_CTX),
+        default=_N_CTX,
+    ),
+    flag(
+        *("--chunks", "max_windows"),
+        help="Most windows of each text; 0 = all.",
+        type=click.IntRange(0),
+        default=0,
+    ),
+    flag(
+        *("--tokens", "max_tokens"),
+        help="Most tokens of each text, from its start; 0 = all.",
+        type=click.IntRange(0),
+        default=0,
+    ),
+    switch("--json", "as_json", help="Print JSON."),
+    switch("-v", "--verbose", "verbose", help="Show each window's figures, and traces of bugs."),
+)
