@@ -24,12 +24,14 @@ from runner.protocol import (
     Message,
     ModelInfo,
     PerplexityFields,
+    ProfileFields,
+    ProfileResult,
     PromptProgress,
     TextPiece,
 )
 from runner.quality.evaluation import Evaluation, RunProgress, WindowDone
 
-LAST_REPLIES = ("loaded", "done", "bench_done", "perplexity_done", "stats", "error")
+LAST_REPLIES = ("loaded", "done", "bench_done", "perplexity_done", "profile_done", "stats", "error")
 _ENVELOPE = ("type", "id")  # of every message
 POLL_S = 0.5  # Windows lets Ctrl-C through only between waits
 
@@ -143,6 +145,22 @@ class Client:
                     yield protocol.parse(WindowDone, body)
                 case "perplexity_done":
                     yield protocol.parse(Evaluation, reply["evaluation"])
+
+    def profile(
+        self, wanted: ProfileFields, on_progress: OnProgress | None = None
+    ) -> ProfileResult:
+        """Make a model's profile of buddies. No model is loaded after it. `on_progress` as for
+        `load`. Raises CancelledError after `cancel`."""
+        self._loaded = None
+        self._circumstances = Circumstances.now(Path(wanted.model))
+        result: ProfileResult | None = None
+        for reply in self._run_job("profile", wanted):
+            if reply["type"] == "progress" and on_progress is not None:
+                on_progress(reply["stage"], reply["done"], reply["total"])
+            elif reply["type"] == "profile_done":
+                result = protocol.parse(ProfileResult, reply["result"])
+        assert result is not None
+        return result
 
     def stats(self) -> dict[str, Any]:
         """The engine's counters now, also while it computes."""

@@ -9,6 +9,7 @@ Requests, client to worker
     generate  {request: {GenerateRequest fields}}
     bench     {tests: [{n_prompt, n_gen}], repetitions, text: text}
     perplexity {PerplexityFields fields}       needs no loaded model, and leaves none
+    profile   {ProfileFields fields}           the same
     stats     {}
     cancel    {target: id}                     ends a running job; no reply
     shutdown  {}                               no reply; the worker exits with status 0
@@ -25,6 +26,7 @@ Replies, worker to client
     run_progress     {RunProgress fields}                        during a run of perplexity
     window_done      {number: int, divergence: {Divergence fields}}   of the second run's windows
     perplexity_done  {evaluation: {Evaluation fields}}           ends perplexity
+    profile_done     {result: {ProfileResult fields}}            ends profile
     stats            {snapshot: {StatsSnapshot fields}}          ends stats
     error            {kind: class name in runner.errors, message: text}   ends any request
 
@@ -163,6 +165,35 @@ class PerplexityFields:
     engine: EngineConfig = field(default_factory=EngineConfig)  # n_ctx is that of a window
     max_windows: int = 0  # of each text; 0 = all
     max_tokens: int = 0  # of each text, from its start; 0 = all
+
+
+@dataclass(frozen=True)
+class ProfileFields:
+    """The body of a profile message: the model, the texts to run, the file to write."""
+
+    model: str
+    texts: tuple[str, ...]
+    output: str
+    engine: EngineConfig = field(default_factory=EngineConfig)
+    n_tokens: int = 2048  # of the texts together
+
+
+@dataclass(frozen=True)
+class ProfileResult:
+    """What a profile says in short, and what it took."""
+
+    output: str
+    n_bytes: int  # of the file
+    n_tokens: int  # that were run
+    n_compared: int  # of these, tokens that every expert was computed on
+    n_layer: int
+    n_expert: int
+    device: str  # that compared the experts
+    n_kept: int  # contexts and layers that an interrupted run had left
+    trace_s: float
+    compare_s: float
+    best_errors: tuple[float, ...]  # per layer: mean error of an expert's best buddy, 0 to 1
+    notes: tuple[str, ...] = ()  # things the user should know, each one sentence
 
 
 @dataclass(frozen=True)

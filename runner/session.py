@@ -13,12 +13,15 @@ from runner.engine import Engine
 from runner.errors import CancelledError, OptionError, TemplateError
 from runner.evaluate import Listeners, evaluate
 from runner.model_sizes import ModelSizes, model_sizes
+from runner.profile import make_profile
 from runner.protocol import (
     BenchSample,
     BenchTest,
     GenerateResult,
     ModelInfo,
     PerplexityFields,
+    ProfileFields,
+    ProfileResult,
     PromptProgress,
     TextPiece,
 )
@@ -136,6 +139,19 @@ class Session:
         """
         self.close()
         return evaluate(wanted, Listeners(on_progress, emit, cancelled))
+
+    def profile(
+        self,
+        wanted: ProfileFields,
+        on_progress: Callable[[str, int, int], None],
+        cancelled: Cancelled,
+    ) -> ProfileResult:
+        """Make a model's profile of buddies; no model is loaded after it.
+
+        Raises BuddyrunError, CancelledError.
+        """
+        self.close()
+        return make_profile(wanted, on_progress, cancelled)
 
     def _loaded(self) -> LoadedModel:
         if self._model is None:

@@ -36,11 +36,13 @@ from runner.protocol import (
     Message,
     ModelInfo,
     PerplexityFields,
+    ProfileFields,
+    ProfileResult,
 )
 from runner.quality.evaluation import Evaluation, RunProgress, WindowDone
 
 CLIENT_WAIT_S = 60.0  # a worker that nobody has called for so long exits
-JOBS = ("load", "generate", "bench", "perplexity")
+JOBS = ("load", "generate", "bench", "perplexity", "profile")
 
 Cancelled = Callable[[], bool]
 
@@ -77,6 +79,13 @@ class SessionLike(Protocol):
         emit: Callable[[RunProgress | WindowDone], None],
         cancelled: Cancelled,
     ) -> Evaluation: ...
+
+    def profile(
+        self,
+        wanted: ProfileFields,
+        on_progress: Callable[[str, int, int], None],
+        cancelled: Cancelled,
+    ) -> ProfileResult: ...
 
     def snapshot(self) -> object: ...
 
@@ -208,6 +217,8 @@ class Desk:
                 return {"type": "done", "result": self._generate(job)}
             case "perplexity":
                 return {"type": "perplexity_done", "evaluation": self._perplexity(job)}
+            case "profile":
+                return {"type": "profile_done", "result": self._profile(job)}
             case _:
                 self._bench(job)
                 return {"type": "bench_done"}
@@ -259,6 +270,11 @@ class Desk:
             self._reply(job, {"type": kind, **vars(event)})
 
         return self.session.perplexity(wanted, self._load_progress(job), emit, job.cancelled.is_set)
+
+    def _profile(self, job: Job) -> ProfileResult:
+        assert self.session is not None
+        wanted = protocol.parse(ProfileFields, _body(job.message))
+        return self.session.profile(wanted, self._load_progress(job), job.cancelled.is_set)
 
     # both threads
 
