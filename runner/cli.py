@@ -18,6 +18,7 @@ from runner.terminal.cli_options import Params
 from runner.terminal.command_group import DefaultGroup, FlagCommand, SectionedCommand
 from runner.terminal.expert_options import EXPERT_FLAGS, EXPERT_PLAN_FLAGS, planned_cache
 from runner.terminal.perplexity_options import PERPLEXITY_FLAGS
+from runner.terminal.profile_options import PROFILE_FLAGS
 from runner.terminal.terminal_text import visible
 
 NAME = "buddyrun"
@@ -167,6 +168,12 @@ def _perplexity_command(**params: Any) -> None:
     judge_model(_chosen_model(params), params)
 
 
+def _profile_command(**params: Any) -> None:
+    from runner.terminal.profile_command import profile_model
+
+    profile_model(_chosen_model(params), params, os.environ)
+
+
 def _chosen_model(params: Params) -> str:
     context = click.get_current_context()
     if params["word"] and options.is_on_command_line(context, "model"):
@@ -272,6 +279,20 @@ commands = DefaultGroup(
             " settings given, token by token from windows with an empty context, and every token"
             " but a window's first is scored. Figures as llama-perplexity --kl-divergence; base is"
             " the exact run of the same file.",
+        ),
+        FlagCommand(
+            "profile",
+            params=[
+                click.Argument(["word"], required=False, metavar="MODEL", type=options.FILE),
+                options.MODEL_FLAG,
+                *PROFILE_FLAGS,
+                *EXPERT_FLAGS,
+            ],
+            callback=_profile_command,
+            short_help="Measure which experts can stand in for which",
+            help="Measure which experts of MODEL can stand in for which, once for a model: a text"
+            " is run, and the experts are compared on it. An interrupted profile is continued by"
+            " the same command. Needs PyTorch: pip install 'buddyrun[profile]'.",
         ),
     ],
 )
