@@ -114,7 +114,8 @@ def buddymoe(
     which a share of beta or more is missing (Eq. 2). The paper says both that tokens of low and
     that tokens of high TAE are the sensitive ones; here confident tokens keep their experts.
     """
-    if not has_missing(routing) or missing_share(routing) >= parameters.beta:
+    depth = min(parameters.search_depth, buddies.experts.shape[1])
+    if not has_missing(routing) or depth < 1 or missing_share(routing) >= parameters.beta:
         return exact(routing)
     if len(routing.expert_ids) == 1:
         return _buddymoe_one(routing, gate, buddies, parameters)
@@ -123,7 +124,6 @@ def buddymoe(
     p = np.exp(z - z.max(axis=1, keepdims=True))
     p /= p.sum(axis=1, keepdims=True)
     compatibility = (1.0 + parameters.eta * p) * (1.0 - parameters.kappa * buddies.hop)
-    depth = parameters.search_depth
 
     def pick(rank: int, free: np.ndarray) -> np.ndarray:
         chosen = routing.expert_ids[:, rank]

@@ -1,10 +1,10 @@
-"""What happens to each pair, by hand-made routings whose answer is known on paper."""
+"""How each pair is served, by hand-made routings whose answer is known on paper."""
 
 import numpy as np
 import pytest
 
 from runner import miss_policy
-from runner.miss_policy import RoutingPlan
+from runner.miss_policy import DROPPED, Choice, Routing, RoutingPlan, ServedWeight
 
 A, B, C, D, E, F = range(6)
 NOWHERE = -1
@@ -128,3 +128,92 @@ def test_a_plan_keeps_its_experts_when_slots_are_written_over_the_routers_choice
 def test_one_expert_used_of_one() -> None:
     assert miss_policy.exact_plan(routing((A,), (A,)), slots(A, n_expert=1)).is_all_hits
     assert miss_policy.exact_plan(routing((A,), (A,)), slots(n_expert=1)).loads == (A,)
+
+
+def routed(
+    ids: np.ndarray, *residents: int, weights: tuple[tuple[float, ...], ...] = ((0.75, 0.25),)
+) -> Routing:
+    """Six experts, of which these are resident; scores do not matter to a plan."""
+    is_resident = np.zeros(6, bool)
+    is_resident[list(residents)] = True
+    return Routing(ids, np.array(weights, np.float32), np.zeros((len(ids), 6)), is_resident)
+
+
+def chosen(routing: Routing, *tokens: tuple[int, ...]) -> Choice:
+    """These experts with the router's weights."""
+    return Choice(np.array(tokens, np.int32), routing.weights)
+
+
+def weights(plan: RoutingPlan) -> tuple[float, ...]:
+    weight = plan.weight
+    assert weight is not None
+    return weight.hit, weight.loaded, weight.on_host, weight.substituted, weight.dropped
+
+
+def test_an_exact_choice_is_planned_like_a_batch_without_a_policy() -> None:
+    ids = routing((A, D), (D, E))
+    case = routed(ids, A, weights=((0.75, 0.25), (0.5, 0.5)))
+    for on_host in (frozenset[int](), frozenset({D}), frozenset({A, D, E, F})):
+        plan = miss_policy.plan(miss_policy.exact(case), case, on_host)
+        same = miss_policy.exact_plan(ids, slots(A), on_host)
+        assert np.array_equal(plan.experts, same.experts)
+        assert (plan.loads, plan.on_host) == (same.loads, same.on_host)
+        assert counts(plan) == counts(same)
+        assert plan.weights is None
+
+
+def test_the_routers_weight_is_summed_by_how_its_pair_is_served() -> None:
+    case = routed(routing((A, D), (D, E)), A, weights=((0.75, 0.25), (0.625, 0.375)))
+    plan = miss_policy.plan(miss_policy.exact(case), case, frozenset({D}))
+    assert weights(plan) == (0.75, 0.375, 0.875, 0, 0)  # A, E, D twice
+    assert all(type(weight) is float for weight in weights(plan))
+    assert plan.weight == ServedWeight(0.75, 0.375, 0.875, 0.0, 0.0)
+
+
+def test_a_pair_of_a_stand_in_counts_as_substituted_with_the_routers_weight() -> None:
+    case = routed(routing((A, D)), A, B)
+    plan = miss_policy.plan(chosen(case, (A, B)), case)
+    assert plan.is_all_hits and plan.experts.tolist() == [[A, B]]
+    assert counts(plan) == (1, 0, 0, 1, 0)
+    assert weights(plan) == (0.75, 0, 0, 0.25, 0)
+
+
+def test_a_dropped_pair_is_computed_and_read_by_nobody() -> None:
+    case = routed(routing((A, D)), A)
+    choice = Choice(routing((A, DROPPED)), np.array([[0.75, 0.0]], np.float32))
+    plan = miss_policy.plan(choice, case, frozenset({D}))
+    assert plan.is_all_hits and (plan.loads, plan.on_host) == ((), ())
+    assert counts(plan) == (1, 0, 0, 0, 1)
+    assert weights(plan) == (0.75, 0, 0, 0, 0.25)
+    assert plan.weights is not None and plan.weights.tolist() == [[0.75, 0.0]]
+
+
+def test_a_plan_names_weights_only_where_they_are_not_the_routers() -> None:
+    case = routed(routing((A, D)), A, B)
+    same = Choice(routing((A, B)), case.weights.copy())
+    assert miss_policy.plan(same, case).weights is None
+    own = np.array([[0.5, 0.5]], np.float32)
+    plan = miss_policy.plan(Choice(routing((A, B)), own), case)
+    assert plan.weights is own and weights(plan) == (0.75, 0, 0, 0.25, 0)
+
+
+def test_a_missing_expert_that_is_only_a_stand_in_is_seen_to_as_well() -> None:
+    """One that is about to be read for another token may stand in."""
+    case = routed(routing((A, D), (E, A)), A, weights=((0.75, 0.25), (0.75, 0.25)))
+    plan = miss_policy.plan(chosen(case, (A, E), (E, A)), case)
+    assert plan.loads == (E,)
+    assert counts(plan) == (2, 1, 0, 1, 0)
+    assert miss_policy.plan(chosen(case, (A, F), (B, A)), case, frozenset({B})).loads == (F,)
+
+
+def test_a_plan_of_a_choice_is_not_changed_by_what_is_written_over_the_routers() -> None:
+    case = routed(routing((A, D)), A)
+    plan = miss_policy.plan(miss_policy.exact(case), case)
+    case.expert_ids[:] = 0
+    assert plan.experts.tolist() == [[A, D]]
+
+
+def test_the_counts_of_a_choice_are_plain_numbers_that_json_can_carry() -> None:
+    case = routed(routing((A, D), (D, E)), A, weights=((0.75, 0.25), (0.625, 0.375)))
+    plan = miss_policy.plan(miss_policy.exact(case), case, frozenset({D}))
+    assert all(type(n) is int for n in (*counts(plan), *plan.loads, *plan.on_host))
