@@ -21,10 +21,13 @@ from runner.protocol import (
     BenchTest,
     GenerateResult,
     ModelInfo,
+    PerplexityFields,
     PromptProgress,
     TextPiece,
 )
+from runner.quality.evaluation import Evaluation, RunProgress, WindowDone
 from tests.runner.chat_fakes import INFO, result
+from tests.runner.evaluation_fakes import EVALUATION
 
 HEAVY = ("llama_cpp", "quant.ggml", "torch", "numpy", "textual", "gguf")
 
@@ -101,6 +104,21 @@ class ScriptedClient:
     ) -> Iterator[BenchSample]:
         for test in tests:
             yield BenchSample(test.n_prompt, test.n_gen, (10**9,) * repetitions)
+
+    def perplexity(
+        self, wanted: PerplexityFields, on_progress: Any = None
+    ) -> Iterator[RunProgress | WindowDone | Evaluation]:
+        on_progress("reading weights", 1, 2)
+        if "die" in wanted.model:
+            raise WorkerDiedError("The engine was killed (SIGKILL).")
+        if "interrupt" in wanted.model:
+            os.kill(os.getpid(), signal.SIGINT)
+        yield RunProgress(True, 1, 4, 2.5)
+        yield RunProgress(False, 1, 4, 2.6, 0.5)
+        names = tuple(text.name for text in wanted.texts)
+        evaluation = replace(EVALUATION, policy=wanted.engine.buddy, texts=names)
+        yield WindowDone(1, evaluation.divergence)
+        yield evaluation
 
     def stats(self) -> dict[str, Any]:
         return {}
