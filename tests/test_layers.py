@@ -1,6 +1,8 @@
 """Imports go down the floors only: tui -> runner -> quant; and some things stay where they are."""
 
 import ast
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -9,6 +11,8 @@ import pytest
 ROOT = Path(__file__).parent.parent
 FLOORS = {"quant": 0, "runner": 1, "tui": 2}
 FILES = [path for floor in FLOORS for path in sorted((ROOT / floor).rglob("*.py"))]
+TORCH_ALLOWED = {"runner/profiling/expert_outputs.py"}
+LATE_ONLY = ("torch", "runner.profiling.expert_outputs")  # which brings torch along
 CTYPES_ALLOWED = {"quant/ggml.py", "runner/sampler.py", "runner/tokenizer.py"}
 
 
@@ -42,9 +46,37 @@ def test_imports_go_down_only(path: Path) -> None:
 def test_c_libraries_are_reached_from_few_places(path: Path) -> None:
     modules = {module.split(".")[0] for module in imported_modules(ast.parse(path.read_text()))}
     assert "ctypes" not in modules or name_of(path) in CTYPES_ALLOWED
-    assert "torch" not in modules
+    assert "torch" not in modules or name_of(path) in TORCH_ALLOWED
     if name_of(path).startswith("tui/"):
         assert "numpy" not in modules
+
+
+@pytest.mark.parametrize("path", FILES, ids=name_of)
+def test_torch_is_imported_when_a_profile_is_made_and_not_before(path: Path) -> None:
+    if name_of(path) in TORCH_ALLOWED:
+        return
+    at_once = ast.Module(list(nodes_run_at_import(ast.parse(path.read_text()))), [])
+    assert not set(imported_modules(at_once)) & set(LATE_ONLY)
+
+
+def nodes_run_at_import(tree: ast.AST) -> Iterator[ast.stmt]:
+    """Import statements outside functions and `if TYPE_CHECKING`."""
+    for node in ast.iter_child_nodes(tree):
+        if isinstance(node, ast.Import | ast.ImportFrom):
+            yield node
+        elif not isinstance(node, ast.FunctionDef) and not is_type_checking(node):
+            yield from nodes_run_at_import(node)
+
+
+def is_type_checking(node: ast.AST) -> bool:
+    return isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING"
+
+
+def test_no_process_but_the_one_that_makes_a_profile_loads_torch() -> None:
+    modules = "runner.cli, runner.worker, runner.session, runner.profile, runner.buddies"
+    modules += ", runner.terminal.profile_command, runner.terminal.run_command"
+    check = f"import sys, {modules}; sys.exit('torch' in sys.modules)"
+    subprocess.run([sys.executable, "-c", check], cwd=ROOT, check=True)
 
 
 @pytest.mark.parametrize("path", FILES, ids=name_of)
