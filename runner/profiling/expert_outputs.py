@@ -3,9 +3,9 @@
 Memory, as arithmetic: never more than one matrix of one expert is there in float32. With n tokens
 that is 4 n_embd n_ff_exp bytes for the matrix, its blocks as the file has them (at most as much),
 2 x 4 n n_ff_exp for what gate and up make, and 4 n n_embd (n_expert + 2) for the inputs and
-outputs. Mixtral 8x7B (4096, 14336, 8 experts) and 1024 tokens: 235 MB + 33 MB (Q4_K) + 117 MB +
-168 MB = 0.55 GB, besides some 0.3 GB of torch itself; on a GPU the same again there, less the
-blocks. `needed_bytes` is an upper bound.
+outputs. Mixtral 8x7B (4096, 14336, 8 experts) and 1024 tokens: 235 MB + 33 MB (Q4_K; F32 235 MB)
++ 117 MB + 168 MB = 0.55 GB (0.76 GB), besides some 0.3 GB of torch itself. On a GPU it is 0.52 GB,
+and the host needs the matrix and its blocks.
 """
 
 from collections.abc import Callable
