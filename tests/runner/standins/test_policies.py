@@ -95,6 +95,14 @@ def test_a_pair_of_more_weight_than_the_gate_lets_through_is_exact() -> None:
     assert routers(halves, Gate(max_weight=0.499)) == [A, B]
 
 
+def test_the_gates_weight_is_not_rounded_to_the_weights_precision() -> None:
+    """The float32 next to .4 is 6e-9 above it."""
+    routing = six(A, C)
+    routing.weights[:] = [0.6, 0.4]
+    assert routers(routing, Gate(max_weight=0.4)) == [A, B]
+    assert routers(routing, Gate(max_weight=0.4 + 1e-8)) == [A, C]
+
+
 def test_similar_takes_the_resident_of_the_lowest_error() -> None:
     error = np.ones((6, 6), np.float32)
     error[B] = [0.0, 0.0, 0.5, 0.1, 0.3, 0.2]
@@ -191,6 +199,24 @@ def test_prior_leaves_a_token_alone_that_would_displace_too_much() -> None:
 def test_prior_with_one_expert_used() -> None:
     assert prior((C,), 0.5, n_expert_used=1) == ([A], [1.0])  # 3 + 2.5 < 6
     assert prior((C,), 0.7, n_expert_used=1) == ([C], [1.0])  # 3 + 3.5 > 6
+
+
+@pytest.mark.parametrize(
+    "policy",
+    [
+        lambda routing: miss_policy.prior(routing, 0.3, Gate(max_weight=0.45)),
+        lambda routing: miss_policy.resident(routing, Gate(max_weight=0.45)),
+    ],
+)
+def test_a_token_whose_selection_does_not_change_keeps_the_routers_weights(
+    policy: Callable[[Routing], Choice],
+) -> None:
+    """Though they are others than the softmax of its scores; in one batch with one that changes."""
+    routing = routed([*FOUR, *FOUR], (A, C))
+    routing.weights[:] = [[0.5, 0.5], [0.6, 0.4]]
+    weights = policy(routing).weights
+    assert weights[0].tolist() == [0.5, 0.5]
+    assert weights[1] == pytest.approx([0.9526, 0.0474], abs=1e-4)
 
 
 def test_prior_without_newcomers_is_exact() -> None:
