@@ -87,8 +87,15 @@ class BatchGraph:
 
     def ffn_input(self) -> np.ndarray:
         """What the experts of the routed layer get, (n, n_embd) float32."""
+        return self._rows_of(self._parts.state.ffn_input)
+
+    def residual(self) -> np.ndarray:
+        """The residual stream between the routed layer's attention and its experts, likewise."""
+        return self._rows_of(self._parts.state.residual)
+
+    def _rows_of(self, tensor: Tensor) -> np.ndarray:
         n, n_embd = len(self._routing.slot_ids.array), self._parts.config.n_embd
-        return self._port(self._parts.state.ffn_input, (n, n_embd), np.float32).download()
+        return self._port(tensor, (n, n_embd), np.float32).download()
 
     def has_prediction(self, layer: int) -> bool:
         """Whether routing `layer` also predicts what the next one will choose."""

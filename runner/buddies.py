@@ -35,7 +35,7 @@ _MAX_NPY_HEAD_BYTES = 4096
 _COUNTS, _FLOATS = np.dtype("<i8"), np.dtype("<f4")
 _DTYPES: Mapping[str, np.dtype[Any]] = {
     "uses": _COUNTS, "coactivation": _COUNTS, "scale": _FLOATS, "error": _FLOATS,
-    "tae_percentiles": _FLOATS,
+    "tae_percentiles": _FLOATS, "gram": _FLOATS, "power": _FLOATS,
 }  # fmt: skip
 _N_HASHED_BLOCKS, _HASHED_BLOCK_BYTES = 256, 4096
 _NUMBER_OF_SHARD = re.compile(r"-\d{5}(-of-\d{5})$")
@@ -48,8 +48,9 @@ class PolicyEstimate:
     policy: str
     n_slots: int  # per layer
     budget: float  # share of the router's weight that stand-ins may carry
-    error: float  # ||change of the layers' output||^2 / ||output||^2
+    harm: float  # ||change of the layers' outputs||^2 / ||residual stream||^2, all layers' sum
     miss_share: float  # of all pairs: what is still read or computed on the host
+    opening: float  # how readily it gave pairs away when the budget was kept, see `Opening`
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -63,6 +64,8 @@ class BuddyTable:
     scale: np.ndarray  # same shape, float32: [layer, e, b] the best factor of b's output for e's
     error: np.ndarray  # same shape, float32: ||f_e - scale f_b||^2 / ||f_e||^2 over e's tokens
     tae_percentiles: np.ndarray  # (n_layer, 101) float32, of the tokens' activating entropy
+    gram: np.ndarray  # (n_layer, n_expert, n_expert) float32, mean products of experts' outputs
+    power: np.ndarray  # (n_layer,) float32, mean squared norm of the residual behind the layer
     estimates: tuple[PolicyEstimate, ...] = ()
 
     def __post_init__(self) -> None:
@@ -204,6 +207,10 @@ def _problem_of(table: BuddyTable) -> str:
         "an expert that differs from itself": table.error[:, own, own] == 0,
         "an entropy outside 0 to 1": (tae >= 0) & (tae <= 1),
         "percentiles that fall": tae[:, 1:] >= tae[:, :-1],
+        "a product that is no number": np.isfinite(table.gram),
+        "asymmetric products": table.gram == table.gram.transpose(0, 2, 1),
+        "a square below 0": table.gram[:, own, own] >= 0,
+        "a residual without power": np.isfinite(table.power) & (table.power > 0),
     }
     broken = [text for text, is_kept in rules.items() if not is_kept.all()]
     return f"has {broken[0]}" if broken else ""
@@ -212,6 +219,8 @@ def _problem_of(table: BuddyTable) -> str:
 def _shape_of(name: str, n_layer: int, n_expert: int) -> tuple[int, ...]:
     if name == "uses":
         return n_layer, n_expert
+    if name == "power":
+        return (n_layer,)
     return (n_layer, N_PERCENTILES) if name == "tae_percentiles" else (n_layer, n_expert, n_expert)
 
 

@@ -8,6 +8,7 @@ CACHE_POLICIES = ("lru", "lfu", "static")
 MISS_ACTIONS = ("auto", "load", "host")
 BUDDY_OFF, BUDDY_AUTO = "off", "auto"
 BUDDY_POLICIES = (
+    "blend",
     "buddymoe",
     "router",
     "similar",
@@ -17,7 +18,8 @@ BUDDY_POLICIES = (
     "drop",
     "random",
 )
-DEFAULT_BUDDY_BUDGET = 0.05  # share of the router's weight
+DEFAULT_BUDDY_BUDGET = 0.08  # share of the router's weight, where a profile says how to spend it
+BUDGET_WITHOUT_PROFILE = 0.05  # where stand-ins are chosen by the router's scores
 
 
 @dataclass(frozen=True)
@@ -38,7 +40,7 @@ class EngineConfig:
     moe_cache_profile: str = ""  # file with the uses of experts in earlier runs, kept current
     moe_miss: str = "auto"  # one of MISS_ACTIONS: read a missing expert, or compute from the file
     buddy: str = BUDDY_OFF  # who stands in for missing experts: BUDDY_OFF, BUDDY_AUTO, a policy
-    buddy_budget: float = DEFAULT_BUDDY_BUDGET  # most router weight given to stand-ins; 1 = any
+    buddy_budget: float | None = None  # most router weight given away, 0 to 1; None = the default
     buddy_min_rank: int = 2  # the router's first choices, up to rank 1, are never replaced
     buddy_profile: str = ""  # "" = the one beside the model if any, BUDDY_OFF = none, or a file
     buddy_seed: int = 0  # of the policy "random"

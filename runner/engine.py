@@ -30,7 +30,7 @@ from runner.hardware import available_memory_bytes
 from runner.kv_cache import padded_context
 from runner.miss_policy import RoutingPlan
 from runner.model_sizes import model_sizes
-from runner.standins.make_policy import make_policy
+from runner.standins.choose_policy import choose_policy
 from runner.stats import StatsRecorder, StatsSnapshot
 
 Progress = Callable[[str, int, int], None]
@@ -45,6 +45,7 @@ class LayerTrace:
     weights: np.ndarray  # (n, n_expert_used) float32
     scores: np.ndarray  # (n, n_expert) float32, the router's logits
     ffn_input: np.ndarray  # (n, n_embd) float32, what the experts get
+    residual_power: np.ndarray  # (n,) float32, square of the residual stream's norm there
 
 
 @dataclass(frozen=True)
@@ -84,7 +85,8 @@ class Engine:
                 limits.n_batch,
                 available_memory_bytes(),
             )
-            self.notes = model.notes + limits.notes + plan.notes
+            self.buddies = choose_policy(config, self.file, model, plan.n_slots)
+            self.notes = model.notes + limits.notes + plan.notes + self.buddies.notes
             self.notes += loading.page_in_weights(self.file, plan, report, cancelled)
             self._stats = StatsRecorder(model.n_layer, plan.n_slots)
             self._cache = loading.make_cache(
@@ -110,7 +112,7 @@ class Engine:
             self._cache,
             self._graphs.passes,
             self.config.moe_miss,
-            make_policy(self.config, self.model_config),
+            self.buddies.policy,
             self.config.counts_weight,
         )
 
@@ -374,4 +376,5 @@ def _trace_of(graph: BatchGraph, expert_ids: np.ndarray) -> LayerTrace:
         graph.router_weights().copy(),
         graph.router_scores().copy(),
         graph.ffn_input().copy(),
+        np.square(graph.residual()).sum(axis=1),
     )

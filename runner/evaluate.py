@@ -25,6 +25,7 @@ from runner.protocol import PerplexityFields
 from runner.quality.base_run import BaseRun, Window, check_room
 from runner.quality.divergence import Scores, Softmax, perplexity
 from runner.quality.evaluation import Evaluation, RunCost, RunProgress, WindowDone
+from runner.standins.choose_policy import choose_policy
 from runner.stats import StatsSnapshot, share
 from runner.tokenizer import Tokenizer
 
@@ -51,7 +52,9 @@ def evaluate(wanted: PerplexityFields, listeners: Listeners = _NOBODY) -> Evalua
     """
     config = replace(wanted.engine, n_ctx=wanted.engine.n_ctx or DEFAULT_N_CTX)
     with GGUFFile.open(wanted.model) as file:
-        choose_limits(config, read_model(file))
+        model = read_model(file)
+        choose_limits(config, model)
+        choose_policy(config, file, model, (model.n_expert,))  # told before the exact run
         first_part = file.paths[0]
     with Tokenizer(first_part) as tokenizer:
         windows = windows_of_texts(wanted, tokenizer, config.n_ctx)
@@ -137,7 +140,7 @@ def compare(
         run=cost_of(counted),
         base=base.cost,
         policy=config.buddy,
-        buddy_budget=config.buddy_budget,
+        buddy_budget=config.buddy_budget or 0.0,
         buddy_min_rank=config.buddy_min_rank,
         moe_cache_slots=min(counted.n_slots, default=0),
         n_ctx=base.n_ctx,

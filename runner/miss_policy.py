@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from runner.standins.blend import LayerBlend, blend
 from runner.standins.buddymoe import BuddyLists, BuddyMoEParameters, buddymoe
 from runner.standins.routing import DROPPED, Choice, Gate, Routing
 from runner.standins.selection import prior, prior_then, resident
@@ -21,10 +22,12 @@ __all__ = [
     "BuddyMoEParameters",
     "Choice",
     "Gate",
+    "LayerBlend",
     "Routing",
     "RoutingPlan",
     "ServedWeight",
     "all_resident",
+    "blend",
     "buddymoe",
     "drop",
     "exact",

@@ -6,7 +6,7 @@ interrupted run goes on where it was. Knows no terminal.
 
 import time
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -14,16 +14,17 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from quant.gguf_file import GGUFFile
-from runner.buddies import BuddyTable, model_hash
+from runner.buddies import BuddyTable, PolicyEstimate, model_hash
 from runner.checks.file_check import check_unchanged
 from runner.checks.read_model import read_model
 from runner.config import BUDDY_OFF, EngineConfig
 from runner.engine import Engine, LayerTrace
-from runner.errors import ProfileError
+from runner.errors import CancelledError, ProfileError
 from runner.hardware import available_memory_bytes, n_cores
 from runner.model_config import ModelConfig
 from runner.profiling import statistics
 from runner.profiling.calibration import CONTEXT_TOKENS, Calibration, calibrate
+from runner.profiling.estimates import LayerRouting, estimate
 from runner.profiling.statistics import LayerRecord
 from runner.profiling.workspace import ContextTrace, Shape, Workspace, folder_for
 from runner.protocol import ProfileFields, ProfileResult
@@ -37,6 +38,7 @@ MAX_SAMPLED = 1024  # tokens that experts are compared on
 _MAX_OUTPUTS = 1 << 28  # numbers that a layer's experts may put out for them: 1 GiB
 _TRACING = "running the text"
 _COMPARING = "comparing experts"
+_ESTIMATING = "comparing policies"
 
 Emit = Callable[[str, int, int], None]
 Cancelled = Callable[[], bool]
@@ -67,6 +69,7 @@ def make_profile(wanted: ProfileFields, emit: Emit, cancelled: Cancelled) -> Pro
                 raise work.problem(error) from error
             records = [work.record_of(layer) for layer in range(model.n_layer)]
             table = _table(work, records, name, calibration)
+            table = replace(table, estimates=run.estimate(table, records))
             check_unchanged(file)
             table.save(output)
             work.remove()
@@ -89,7 +92,7 @@ class _Run:
         self._cancelled = cancelled
         self.notes: tuple[str, ...] = ()  # what the user should know, each one sentence
         self.n_kept = 0  # contexts and layers that an earlier run finished
-        self.trace_s = self.compare_s = 0.0
+        self.trace_s = self.compare_s = self.estimate_s = 0.0
         self.device = ""
 
     def trace(self) -> None:
@@ -127,7 +130,11 @@ class _Run:
         engine.trace(self._calibration.contexts[number], on_layer, self._cancelled)
         ffn_input = joined("ffn_input")[:, self._calibration.sampled_in(number)]
         return ContextTrace(
-            joined("expert_ids"), joined("weights"), joined("scores"), ffn_input.astype(np.float16)
+            joined("expert_ids"),
+            joined("weights"),
+            joined("scores"),
+            joined("residual_power"),
+            ffn_input.astype(np.float16),
         )
 
     def compare(self, experts_of: "type[ExpertOutputs]") -> None:
@@ -156,6 +163,26 @@ class _Run:
             ffn_input = self._work.ffn_input(layer)
             self._work.save_gram(layer, experts.gram(layer, ffn_input, on_expert, self._cancelled))
         self.compare_s = time.perf_counter() - started
+
+    def estimate(
+        self, table: BuddyTable, records: Sequence[LayerRecord]
+    ) -> tuple[PolicyEstimate, ...]:
+        """What each policy would cost."""
+        started = time.perf_counter()
+        sampled = self._calibration.sampled
+        layers = [
+            LayerRouting(*self._work.routing(layer), sampled, record.gram)
+            for layer, record in enumerate(records)
+        ]
+
+        def on_done(done: int, total: int) -> None:
+            if self._cancelled():
+                raise CancelledError
+            self._emit(_ESTIMATING, done, total)
+
+        found = estimate(layers, table, on_done)
+        self.estimate_s = time.perf_counter() - started
+        return found
 
 
 def _tracing(engine: EngineConfig) -> EngineConfig:
@@ -224,6 +251,8 @@ def _table(
         scale=np.stack([scale for scale, _ in stood_in]),
         error=np.stack([error for _, error in stood_in]),
         tae_percentiles=np.stack([statistics.tae_percentiles(z, ids) for ids, _, z in routings]),
+        gram=np.stack([statistics.mean_gram(record) for record in records]),
+        power=statistics.power_behind(records, list(map(work.residual_power, range(len(records))))),
     )
 
 
@@ -249,6 +278,7 @@ def _result(
         n_kept=run.n_kept,
         trace_s=run.trace_s,
         compare_s=run.compare_s,
+        estimate_s=run.estimate_s,
         best_errors=tuple(map(statistics.best_error, table.error, used)),
         notes=notes,
     )

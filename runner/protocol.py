@@ -192,6 +192,7 @@ class ProfileResult:
     n_kept: int  # contexts and layers that an interrupted run had left
     trace_s: float
     compare_s: float
+    estimate_s: float
     best_errors: tuple[float, ...]  # per layer: mean error of an expert's best buddy, 0 to 1
     notes: tuple[str, ...] = ()  # things the user should know, each one sentence
 

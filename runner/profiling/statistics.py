@@ -1,5 +1,6 @@
 """What recorded routing and expert outputs say of a layer: plain numpy. Knows no file."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -54,6 +55,32 @@ def standing_in(record: LayerRecord) -> tuple[np.ndarray, np.ndarray]:
     np.fill_diagonal(scale, 1.0)
     np.fill_diagonal(error, 0.0)
     return scale.astype(np.float32), np.clip(error, 0.0, 1.0).astype(np.float32)
+
+
+def mean_gram(record: LayerRecord) -> np.ndarray:
+    """The mean of `gram` over the tokens, (n_expert, n_expert) float32.
+
+    A token counts by the square of the smallest weight among its experts': its outputs matter as
+    much as its last expert is likely to be given away.
+    """
+    counts = np.square(record.weights.min(axis=1), dtype=np.float64)
+    counts /= counts.sum() or 1.0
+    gram = np.einsum("t,tij->ij", counts, record.gram, dtype=np.float64)
+    mean: np.ndarray = ((gram + gram.T) / 2).astype(np.float32)
+    return mean
+
+
+def power_behind(records: Sequence[LayerRecord], before: Sequence[float]) -> np.ndarray:
+    """The mean squared norm of the residual stream behind each layer: (n_layer,) float32.
+
+    before: the same in front of each layer's experts. Behind the last layer its experts' output is
+    added, as if it pointed elsewhere.
+    """
+    last = records[-1]
+    weights = np.zeros(last.scores.shape)
+    np.put_along_axis(weights, last.expert_ids, last.weights, axis=1)
+    output = np.einsum("ti,tij,tj->t", weights, last.gram, weights).mean()
+    return np.array([*before[1:], before[-1] + output], np.float32)
 
 
 def best_error(error: np.ndarray, used: np.ndarray) -> float:

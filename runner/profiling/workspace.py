@@ -34,6 +34,7 @@ class ContextTrace:
     expert_ids: np.ndarray  # (n_layer, n, n_expert_used) int32
     weights: np.ndarray  # (n_layer, n, n_expert_used) float32
     scores: np.ndarray  # (n_layer, n, n_expert) float32
+    residual_power: np.ndarray  # (n_layer, n) float32
     ffn_input: np.ndarray  # (n_layer, n_sampled, n_embd) float16: only of the sampled tokens
 
 
@@ -80,7 +81,7 @@ class Workspace:
         """Raise ProfileError when the disk has too little room for what is still to come."""
         shape, calibration = self._shape, self._calibration
         n_missing = sum(not self.has_context(i) for i in range(len(calibration.contexts)))
-        per_token = shape.n_layer * (8 * shape.n_expert_used + 4 * shape.n_expert)
+        per_token = shape.n_layer * (8 * shape.n_expert_used + 4 * shape.n_expert + 4)
         per_sampled = shape.n_layer * (2 * shape.n_embd + 4 * shape.n_expert**2)
         n_bytes = calibration.n_tokens * per_token + len(calibration.sampled) * per_sampled
         n_bytes = n_bytes * n_missing // len(calibration.contexts)
@@ -131,6 +132,11 @@ class Workspace:
             np.concatenate([trace.weights[layer] for trace in traces]),
             np.concatenate([trace.scores[layer] for trace in traces]),
         )
+
+    def residual_power(self, layer: int) -> float:
+        """The mean square of the residual stream's norm before a layer's experts."""
+        parts = [trace.residual_power[layer] for trace in self._all_contexts()]
+        return float(np.concatenate(parts).mean(dtype=np.float64))
 
     def ffn_input(self, layer: int) -> np.ndarray:
         """What a layer's experts got, of the sampled tokens: (n_sampled, n_embd) float32."""
@@ -202,6 +208,7 @@ class Workspace:
             "expert_ids": (np.int32, (shape.n_layer, n, shape.n_expert_used)),
             "weights": (np.float32, (shape.n_layer, n, shape.n_expert_used)),
             "scores": (np.float32, (shape.n_layer, n, shape.n_expert)),
+            "residual_power": (np.float32, (shape.n_layer, n)),
             "ffn_input": (np.float16, (shape.n_layer, n_sampled, shape.n_embd)),
         }
         arrays = {}

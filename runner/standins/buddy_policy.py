@@ -6,6 +6,8 @@ follow the budget. Knows no cache and no ggml.
 
 from collections.abc import Callable
 
+import numpy as np
+
 from runner.miss_policy import Choice, Gate, Routing
 from runner.standins.budget import Budget, Opening
 
@@ -44,9 +46,9 @@ class BuddyPolicy:
 
     def spend(self, routing: Routing, choice: Choice) -> None:
         """Count what was chosen; once for every layer of the batch that misses something."""
-        given = choice.experts != routing.expert_ids
-        if given.any():
-            self.budget.spend((routing.weights * given).sum(axis=1))
+        if choice.experts is not routing.expert_ids:
+            given = choice.experts != routing.expert_ids
+            self.budget.spend((routing.weights * given).sum(axis=1, dtype=np.float64))
 
     def end(self) -> None:
         """The batch is finished."""

@@ -35,6 +35,10 @@ class Budget:
     def begin(self, n_tokens: int) -> None:
         """A batch comes; what an unfinished one spent is forgotten."""
         self._spent = np.zeros(n_tokens)
+        if n_tokens == 1:  # the usual case, without numpy's cost per call
+            seen = list(self._history)[-(WINDOW - 1) :]
+            self._before = np.array([self.share * self._n_layer * len(seen) - sum(seen)])
+            return
         room = np.maximum(0, WINDOW - 1 - np.arange(n_tokens))
         n_seen = np.minimum(len(self._history), room)  # tokens before, in each token's window
         totals = np.concatenate([[0.0], np.cumsum(list(reversed(self._history)))])
@@ -45,8 +49,12 @@ class Budget:
 
         Each layer has the same share; what earlier layers left is there for the later ones.
         """
-        own = self.share * (layer + 1) * np.arange(1, len(self._spent) + 1)
-        allowed: np.ndarray = self._before + own - np.cumsum(self._spent)
+        own, n_tokens = self.share * (layer + 1), len(self._spent)
+        allowed: np.ndarray
+        if n_tokens == 1:
+            allowed = self._before + own - self._spent
+        else:
+            allowed = self._before + own * np.arange(1, n_tokens + 1) - np.cumsum(self._spent)
         return allowed
 
     def spend(self, weight: np.ndarray) -> None:

@@ -1,10 +1,14 @@
 """What recorded routing and expert outputs say, with answers known on paper."""
 
+from dataclasses import replace
+
 import numpy as np
 
 from runner.profiling.statistics import (
     LayerRecord,
     best_error,
+    mean_gram,
+    power_behind,
     standing_in,
     tae_percentiles,
     uses,
@@ -31,6 +35,20 @@ def test_only_the_tokens_of_an_expert_count_for_it() -> None:
     outputs = np.array([[[1.0, 0.0], [3.0, 0.0]], [[0.0, 1.0], [5.0, 0.0]]])
     scale, error = standing_in(record([[0], [1]], outputs))
     assert np.allclose(scale, [[1, 1 / 3], [0, 1]]) and np.allclose(error, [[0, 0], [1, 0]])
+
+
+def test_the_mean_gram_counts_a_token_by_the_square_of_its_smallest_weight() -> None:
+    both = record([[0, 1], [0, 1]], np.array([[[2.0], [1.0]], [[0.0], [3.0]]]))
+    weights = np.array([[0.8, 0.2], [0.6, 0.4]], np.float32)  # 0.04 and 0.16: 1/5 and 4/5
+    gram = mean_gram(replace(both, weights=weights))
+    assert np.allclose(gram, [[0.8, 0.4], [0.4, 0.2 + 0.8 * 9]])
+    assert (gram == gram.T).all() and gram.dtype == np.float32
+
+
+def test_the_power_behind_a_layer_is_that_before_the_next_one() -> None:
+    # the last layer puts out 0.5 * 2 + 0.5 * 4 = 3, of power 9
+    last = record([[0, 1]], np.array([[[2.0], [4.0]]]))
+    assert power_behind([last, last], [5.0, 7.0]).tolist() == [7.0, 16.0]
 
 
 def test_an_opposite_expert_stands_in_with_a_negative_factor() -> None:

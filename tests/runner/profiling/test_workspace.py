@@ -23,6 +23,7 @@ def make_trace(number: int) -> ContextTrace:
         rng.integers(0, 4, (3, n, 2)).astype(np.int32),
         rng.uniform(0, 1, (3, n, 2)).astype(np.float32),
         rng.standard_normal((3, n, 4)).astype(np.float32),
+        rng.uniform(1, 2, (3, n)).astype(np.float32),
         rng.standard_normal((3, n_sampled, 5)).astype(np.float16),
     )
 

@@ -23,6 +23,7 @@ from tests.runner.scripted_client import ScriptedClient
 RESULT = ProfileResult(
     output="/m/x.buddies.npz", n_bytes=8169, n_tokens=2048, n_compared=1024, n_layer=8, n_expert=8,
     device="CPU, 2 threads", n_kept=0, trace_s=1.64, compare_s=75.4,
+    estimate_s=3.0,
     best_errors=(0.4, 0.6, 0.62, 0.6, 0.62, 0.59, 0.64, 0.42), notes=("A note.",),
 )  # fmt: skip
 
