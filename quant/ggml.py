@@ -385,6 +385,12 @@ class Backend(_Owner):
         assert data.flags.c_contiguous
         self.ggml.backend_tensor_set(tensor.pointer, data.ctypes.data, offset, data.nbytes)
 
+    def read(self, tensor: Tensor, data: np.ndarray, offset: int = 0) -> None:
+        """Fill host bytes from a tensor, `offset` bytes from its start on."""
+        assert offset + data.nbytes <= self.ggml.nbytes(tensor.pointer)
+        assert data.flags.c_contiguous
+        self.ggml.backend_tensor_get(tensor.pointer, data.ctypes.data, offset, data.nbytes)
+
     def clear(self, tensor: Tensor, offset: int, n_bytes: int) -> None:
         """Zero a part of a tensor."""
         self.ggml.backend_tensor_memset(tensor.pointer, 0, offset, n_bytes)

@@ -46,6 +46,10 @@ class KVCells:
         self._end = max(self._end, int(cells[-1]) + 1)
         return cells
 
+    def cell_of(self, position: int) -> int:
+        """The cell of a position that is stored."""
+        return int(np.flatnonzero(self.positions == position)[0])
+
     def truncate(self, n_past: int) -> None:
         """Forget every position from n_past on."""
         self.positions[self.positions >= n_past] = FREE
@@ -118,6 +122,21 @@ class KVCache:
             n_rows = n_visible - self._n_cleared
             self._backend.clear(tensor, self._n_cleared * row_bytes, n_rows * row_bytes)
         self._n_cleared = n_visible
+
+    def read_cell(self, cell: int) -> np.ndarray:
+        """What a cell holds of K and V in all layers, (n_bytes,) uint8."""
+        rows = [np.empty(tensor.strides[1], np.uint8) for tensor in (*self.k, *self.v)]
+        for tensor, row in zip((*self.k, *self.v), rows, strict=True):
+            self._backend.read(tensor, row, cell * row.nbytes)
+        return np.concatenate(rows)
+
+    def write_cell(self, cell: int, rows: np.ndarray) -> None:
+        """Put back what `read_cell` returned."""
+        start = 0
+        for tensor in (*self.k, *self.v):
+            row_bytes = tensor.strides[1]
+            self._backend.write(tensor, rows[start : start + row_bytes], cell * row_bytes)
+            start += row_bytes
 
 
 def padded_context(n_ctx: int) -> int:

@@ -69,6 +69,15 @@ class StatsSnapshot:
     read_s: float  # time of all reads together; those at the same time count each
     prefetch_used: int  # experts read ahead that were then chosen
     prefetch_wasted: int
+    standin_share: float  # of the last 256 tokens' router weight, what stand-ins carried
+    buddy_budget: float  # the most that they may; 0 where nobody stands in
+    output_entropy: float  # nats, of the latest answer's last 64 tokens: see `QualityMeter`
+    repeated_4grams: float  # share, of its last 256 tokens
+    n_verified: int  # steps of answers that were computed a second time, exactly
+    n_verified_agree: int  # of these, steps where both find the same token most likely
+    verified_kl_sum: float  # of KL(exact || step) in nats
+    verified_kl_max: float
+    verify_s: float  # what that took; in no other time, and its pairs count nowhere
     uptime_s: float
 
     @property
@@ -115,6 +124,16 @@ class StatsSnapshot:
         """Speed of the reads while they ran, in 10^9 bytes."""
         return share(sum(self.bytes_read) / 1e9, self.read_s)
 
+    @property
+    def verified_kl(self) -> float:
+        """Mean of the verified steps, nats."""
+        return share(self.verified_kl_sum, self.n_verified)
+
+    @property
+    def verified_agreement(self) -> float:
+        """The share of verified steps where both find the same token most likely."""
+        return share(self.n_verified_agree, self.n_verified)
+
     def counted_since(self, earlier: "StatsSnapshot") -> "StatsSnapshot":
         """This snapshot with what was counted up to `earlier` taken away."""
         return replace(self, **{name: _minus(self, earlier, name) for name in _COUNTERS})
@@ -141,8 +160,10 @@ class StatsSnapshot:
 class StatsRecorder:
     """Written by the engine's thread only; any thread may take a snapshot."""
 
-    def __init__(self, n_layer: int, n_slots: tuple[int, ...] = ()) -> None:
-        """n_slots: of each layer's cache; () without a cache."""
+    def __init__(
+        self, n_layer: int, n_slots: tuple[int, ...] = (), buddy_budget: float = 0.0
+    ) -> None:
+        """n_slots: of each layer's cache, () without one; buddy_budget: 0 without stand-ins."""
         self._started = time.monotonic()
         self._lock = Lock()
         self._n_slots = n_slots
@@ -161,6 +182,15 @@ class StatsRecorder:
         self._read_ns = 0
         self._n_prefetch_used = 0
         self._n_prefetch_wasted = 0
+        self._buddy_budget = buddy_budget
+        self._standin_share = 0.0
+        self._output_entropy = 0.0
+        self._repeated_4grams = 0.0
+        self._n_verified = 0
+        self._n_verified_agree = 0
+        self._verified_kl_sum = 0.0
+        self._verified_kl_max = 0.0
+        self._verify_ns = 0
 
     def record_batch(
         self,
@@ -200,6 +230,26 @@ class StatsRecorder:
             self._n_prefetch_used += n_used
             self._n_prefetch_wasted += n_wasted
 
+    def record_standins(self, share: float) -> None:
+        """The part of the last tokens' router weight that stand-ins carried."""
+        with self._lock:
+            self._standin_share = share
+
+    def record_output(self, entropy: float, repeated_4grams: float) -> None:
+        """How the latest answer looks."""
+        with self._lock:
+            self._output_entropy = entropy
+            self._repeated_4grams = repeated_4grams
+
+    def record_verified(self, kl: float, is_same_top: bool, duration_ns: int) -> None:
+        """Count one step that was compared with the exact one; kl in nats."""
+        with self._lock:
+            self._n_verified += 1
+            self._n_verified_agree += is_same_top
+            self._verified_kl_sum += kl
+            self._verified_kl_max = max(self._verified_kl_max, kl)
+            self._verify_ns += duration_ns
+
     def snapshot(
         self,
         n_past: int,
@@ -238,6 +288,15 @@ class StatsRecorder:
                 read_s=self._read_ns / 1e9,
                 prefetch_used=self._n_prefetch_used,
                 prefetch_wasted=self._n_prefetch_wasted,
+                standin_share=self._standin_share,
+                buddy_budget=self._buddy_budget,
+                output_entropy=self._output_entropy,
+                repeated_4grams=self._repeated_4grams,
+                n_verified=self._n_verified,
+                n_verified_agree=self._n_verified_agree,
+                verified_kl_sum=self._verified_kl_sum,
+                verified_kl_max=self._verified_kl_max,
+                verify_s=self._verify_ns / 1e9,
                 uptime_s=time.monotonic() - self._started,
             )
 
@@ -247,7 +306,17 @@ def share(part: float, whole: float) -> float:
     return part / whole if whole else 0.0
 
 
-_STATES = ("n_past", "n_ctx", "n_slots", "residency")  # as they are now, not counted
+_STATES = (  # as they are now, not counted
+    "n_past",
+    "n_ctx",
+    "n_slots",
+    "residency",
+    "standin_share",
+    "buddy_budget",
+    "output_entropy",
+    "repeated_4grams",
+    "verified_kl_max",
+)
 _COUNTERS = tuple(field.name for field in fields(StatsSnapshot) if field.name not in _STATES)
 
 

@@ -90,12 +90,14 @@ class ExpertRunner:
         """
         if self._cache.is_reading:
             self._stop_filling()
-        table = self._cache.table
+        table, is_counted = self._cache.table, not self._planner.is_exact
         if table.has_all(layer):
-            table.count_uses(layer, expert_ids)
+            if is_counted:
+                table.count_uses(layer, expert_ids)
             self._guess_ahead(graph, layer)
             return self._planner.plan_of_all(expert_ids)
-        table.record_use(layer, expert_ids)
+        if is_counted:
+            table.record_use(layer, expert_ids)
         plan = self._planner.plan(graph, layer, expert_ids)
         if plan.n_dropped:
             plan = replace(plan, experts=self._with_filler(layer, plan.experts))
@@ -148,7 +150,7 @@ class ExpertRunner:
         self.wait_ns += time.perf_counter_ns() - started
         self._stats.record_read(guess.layer, guess.n_read_bytes, guess.duration_ns)
         is_right = guess.layer == layer and guess.expert in plan.loads and guess.error is None
-        if guess.n_read_bytes:
+        if guess.n_read_bytes and not self._planner.is_exact:
             self._stats.record_prefetch(int(is_right), int(not is_right))
         return guess if is_right else None
 

@@ -35,23 +35,23 @@ class MissPlanner:
         self._passes = passes
         self._miss_action = miss_action
         self._buddies = buddies
-        self._is_exact = False
+        self.is_exact = False  # the batch: nobody stands in
         self._counts_weight = counts_weight or buddies is not None
 
     @property
     def may_read(self) -> bool:
         """Whether a missing expert may have to be read, with every slot filled."""
-        return self._buddies is None or self._is_exact or self._buddies.is_bounded
+        return self._buddies is None or self.is_exact or self._buddies.is_bounded
 
     def begin(self, n_tokens: int, is_exact: bool = False) -> None:
         """A batch comes. is_exact: nobody stands in, and the budget does not notice."""
-        self._is_exact = is_exact
+        self.is_exact = is_exact
         if self._buddies is not None and not is_exact:
             self._buddies.begin(n_tokens)
 
     def end(self) -> None:
         """The batch is finished."""
-        if self._buddies is not None and not self._is_exact:
+        if self._buddies is not None and not self.is_exact:
             self._buddies.end()
 
     def plan(self, graph: BatchGraph, layer: int, expert_ids: np.ndarray) -> RoutingPlan:
@@ -80,7 +80,7 @@ class MissPlanner:
 
     def _choose(self, layer: int, routing: Routing) -> Choice:
         """An empty slot is for what is missing, so nobody stands in before all are filled."""
-        if self._buddies is None or self._is_exact or self._table.has_empty(layer):
+        if self._buddies is None or self.is_exact or self._table.has_empty(layer):
             return miss_policy.exact(routing)
         choice = self._buddies.choose(layer, routing)
         if len(routing.expert_ids) > 1:

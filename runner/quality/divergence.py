@@ -5,6 +5,7 @@ Formulas are those of llama.cpp's tools/perplexity, with the whole distribution 
 """
 
 import math
+from typing import Any
 
 import numpy as np
 
@@ -17,20 +18,27 @@ _MAX_EXPONENT = 709.0  # of exp in float64
 class Softmax:
     """ln of probabilities from logits (n_vocab,) of any float type, without allocating."""
 
-    def __init__(self, n_vocab: int) -> None:
-        self.exponentials = np.empty(n_vocab)  # of the last logits, `sum_exp` times probabilities
-        self.shifted = np.empty(n_vocab)  # the last logits minus their maximum
+    def __init__(self, n_vocab: int, kind: type[np.floating[Any]] = np.float64) -> None:
+        """kind: float32 halves the time and keeps six digits."""
+        self.exponentials = np.empty(n_vocab, kind)  # `sum_exp` times the last probabilities
+        self.shifted = np.empty(n_vocab, kind)  # the last logits minus their maximum
         self.sum_exp = 1.0
 
     def take(self, logits: np.ndarray) -> None:
         """Compute the above."""
-        np.subtract(logits, logits.max(), out=self.shifted, dtype=np.float64)
+        np.subtract(logits, logits.max(), out=self.shifted, dtype=self.shifted.dtype)
         np.exp(self.shifted, out=self.exponentials)
         self.sum_exp = float(self.exponentials.sum())
 
     def ln_p(self, token: int) -> float:
         """ln of the probability of a token."""
         return float(self.shifted[token]) - math.log(self.sum_exp)
+
+    def entropy(self) -> float:
+        """-sum p ln p in nats, at least 0; uses `shifted` up."""
+        self.shifted *= self.exponentials
+        entropy = math.log(self.sum_exp) - float(self.shifted.sum()) / self.sum_exp
+        return max(entropy, 0.0)  # below 0 by rounding only
 
 
 class Scores:
@@ -82,7 +90,7 @@ class Scores:
         run.take(logits)
         ln_base, ln_run = base.ln_p(token), run.ln_p(token)
         row = self.n_scored
-        self._kl[row] = _kl(base, run)
+        self._kl[row] = kl_divergence(base, run)
         if not math.isfinite(self._kl[row] + ln_base + ln_run):
             raise ModelError(
                 f"the model's answer in front of token {row} has values that are no numbers: the"
@@ -128,8 +136,11 @@ class Scores:
         )
 
 
-def _kl(base: Softmax, run: Softmax) -> float:
-    """KL(base || run) = sum p (ln p - ln q), with p and q's constants taken out of the sum."""
+def kl_divergence(base: Softmax, run: Softmax) -> float:
+    """KL(base || run) = sum p (ln p - ln q) in nats; uses `run.shifted` up.
+
+    The constants of ln p and ln q are taken out of the sum.
+    """
     np.subtract(base.shifted, run.shifted, out=run.shifted)
     run.shifted *= base.exponentials
     kl = float(run.shifted.sum()) / base.sum_exp + math.log(run.sum_exp) - math.log(base.sum_exp)
