@@ -30,6 +30,8 @@ from runner.hardware import available_memory_bytes
 from runner.kv_cache import padded_context
 from runner.miss_policy import RoutingPlan
 from runner.model_sizes import model_sizes
+from runner.quality.quality_meter import QualityMeter
+from runner.quality.verifier import Verifier
 from runner.standins.choose_policy import choose_policy
 from runner.stats import StatsRecorder, StatsSnapshot
 
@@ -88,7 +90,10 @@ class Engine:
             self.buddies = choose_policy(config, self.file, model, plan.n_slots)
             self.notes = model.notes + limits.notes + plan.notes + self.buddies.notes
             self.notes += loading.page_in_weights(self.file, plan, report, cancelled)
-            self._stats = StatsRecorder(model.n_layer, plan.n_slots)
+            policy = self.buddies.policy
+            self._budget = policy.budget if policy is not None else None
+            budget_share = self._budget.share if self._budget is not None else 0.0
+            self._stats = StatsRecorder(model.n_layer, plan.n_slots, budget_share)
             self._cache = loading.make_cache(
                 backend, self.file, model, config.moe_cache_policy, plan
             )
@@ -104,6 +109,10 @@ class Engine:
             self._experts = self._make_runner()
             self._owned = owned.pop_all()
         self._tokens: list[int] = []  # what the KV cache holds, in order
+        self._meter = QualityMeter()
+        self._verifier: Verifier | None = None
+        if self._budget is not None and config.verify_every:
+            self._verifier = Verifier(config.verify_every, self._parts.kv, self._stats)
 
     def _make_planner(self) -> MissPlanner | None:
         if self._cache is None:
@@ -185,6 +194,7 @@ class Engine:
         check_unchanged(self.file)
         try:
             logits = self.prefill(self._fit(list(tokens)), cancelled, on_prompt)
+            self._meter.begin()
             n_made = 0
             while n_predict < 0 or n_made < n_predict:
                 token = sample(logits)
@@ -192,6 +202,8 @@ class Engine:
                 if is_stop(token):
                     yield Step(token, "eos")
                     return
+                self._meter.observe(logits, token)
+                self._stats.record_output(self._meter.output_entropy, self._meter.repeated_4grams)
                 yield Step(token, "length" if n_made == n_predict else None)
                 if n_made == n_predict:
                     return
@@ -200,7 +212,7 @@ class Engine:
                 if self.n_past >= self.n_ctx and not self._make_room():
                     yield Step(-1, "context")
                     return
-                logits = self.decode(token)
+                logits = self._decode_and_verify(token, cancelled)
         except CancelledError:
             yield Step(-1, "cancelled")
 
@@ -231,6 +243,30 @@ class Engine:
     def decode(self, token: int) -> np.ndarray:
         """Append one token; returns its logits (n_vocab,), overwritten by the next call."""
         return self._run([token], is_prompt=False)
+
+    def _decode_and_verify(self, token: int, cancelled: Cancelled) -> np.ndarray:
+        """Decode; with stand-ins, compare every `verify_every`-th step with the exact one.
+
+        The logits are those of the step as it was made, so verifying does not change what is
+        picked from them. K and V, positions, the budget, the experts' uses and all counters but
+        the verifier's stay as they were. What moves on is residency: experts that the exact step
+        reads stay in slots, where later steps find them; the reads, and what had to leave for
+        them, are counted. Raises CancelledError.
+        """
+        logits = self.decode(token)
+        can_differ = self._experts is not None and self._experts.is_needed
+        if self._verifier is None or not can_differ or not self._verifier.is_due():
+            return logits
+        step = logits.copy()  # the exact step overwrites them
+        position = self.n_past - 1
+        cell = self._parts.kv.cells.cell_of(position)
+
+        def compute_exactly() -> np.ndarray:
+            cells = np.array([cell])
+            return self._compute([token], position, cells, cancelled, is_exact=True)[0]
+
+        self._verifier.compare(step, cell, compute_exactly)
+        return step
 
     def trace(
         self,
@@ -269,27 +305,45 @@ class Engine:
         cells = kv.cells.take(position, len(tokens))
         try:
             kv.clear_visible()
-            shape = BatchShape(len(tokens), kv.cells.n_visible, is_trace=on_layer is not None)
-            graph = self._graphs.get(shape)
-            graph.begin(np.asarray(tokens, np.int32), position, cells)
-            if self._planner is not None:
-                self._planner.begin(len(tokens))
-            plans = self._run_layers(graph, cancelled, on_layer)
-            logits = graph.finish() if on_layer is None else np.empty(0, np.float32)
-            if self._planner is not None:
-                self._planner.end()
-            check_unchanged(self.file)  # else some of it may come from other weights
+            logits, plans, compute_ns = self._compute(tokens, position, cells, cancelled, on_layer)
         except BaseException:
             kv.truncate(position)  # what was not finished was not read
             raise
         self._tokens += tokens
         total_ns = time.perf_counter_ns() - start_ns
         passes_after_ns, wait_after_ns = self._passes_and_wait_ns()
-        compute_ns = graph.compute_ns + passes_after_ns - passes_ns
+        compute_ns += passes_after_ns - passes_ns
         self._stats.record_batch(
             len(tokens), plans, total_ns, compute_ns, wait_after_ns - wait_ns, is_prompt
         )
+        if self._budget is not None:
+            self._stats.record_standins(self._budget.spent_share)
         return logits
+
+    def _compute(
+        self,
+        tokens: Sequence[int],
+        position: int,
+        cells: np.ndarray,
+        cancelled: Cancelled,
+        on_layer: Callable[[int, LayerTrace], None] | None = None,
+        is_exact: bool = False,
+    ) -> tuple[np.ndarray, list[RoutingPlan], int]:
+        """Compute a batch into these cells; also each layer's plan and the nanoseconds in graphs.
+
+        is_exact: nobody stands in, and neither the budget nor the experts' uses notice.
+        """
+        shape = BatchShape(len(tokens), self._parts.kv.cells.n_visible, on_layer is not None)
+        graph = self._graphs.get(shape)
+        graph.begin(np.asarray(tokens, np.int32), position, cells)
+        if self._planner is not None:
+            self._planner.begin(len(tokens), is_exact)
+        plans = self._run_layers(graph, cancelled, on_layer)
+        logits = graph.finish() if on_layer is None else np.empty(0, np.float32)
+        if self._planner is not None:
+            self._planner.end()
+        check_unchanged(self.file)  # else some of it may come from other weights
+        return logits, plans, graph.compute_ns
 
     def _run_layers(
         self,

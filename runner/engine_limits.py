@@ -11,6 +11,7 @@ from runner.config import (
     MAX_MOE_CACHE_BYTES,
     MAX_MOE_CACHE_SLOTS,
     MAX_THREADS,
+    MAX_VERIFY_EVERY,
     MISS_ACTIONS,
     MOE_CACHE_AUTO,
     EngineConfig,
@@ -85,6 +86,7 @@ def _check_expert_settings(config: EngineConfig) -> None:
     if config.moe_cache_bytes != MOE_CACHE_AUTO:
         _check_range("--moe-cache", config.moe_cache_bytes, 0, MAX_MOE_CACHE_BYTES)
     _check_range("--moe-cache-slots", config.moe_cache_slots, 0, MAX_MOE_CACHE_SLOTS)
+    _check_range("--verify-every", config.verify_every, 0, MAX_VERIFY_EVERY)
     _check_choice("--moe-cache-policy", config.moe_cache_policy, CACHE_POLICIES)
     _check_choice("--moe-miss", config.moe_miss, MISS_ACTIONS)
 

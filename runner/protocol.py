@@ -102,6 +102,11 @@ class GenerateResult:
     n_substituted: int = 0
     n_dropped: int = 0
     has_cache: bool = False  # without an expert cache every pair is a hit
+    has_buddies: bool = False  # others may have stood in for missing experts
+    repeated_4grams: float = 0.0  # share, of the last tokens: see `StatsSnapshot`
+    n_verified: int = 0  # tokens that were computed a second time, exactly
+    verified_kl: float = 0.0  # mean of these, nats
+    verified_agreement: float = 0.0  # share of these where both find the same token most likely
 
 
 @dataclass(frozen=True)

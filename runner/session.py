@@ -199,6 +199,11 @@ class Answer:
             n_substituted=sum(counted.substituted),
             n_dropped=sum(counted.dropped),
             has_cache=bool(counted.n_slots),
+            has_buddies=counted.buddy_budget > 0.0,
+            repeated_4grams=counted.repeated_4grams,
+            n_verified=counted.n_verified,
+            verified_kl=counted.verified_kl,
+            verified_agreement=counted.verified_agreement,
         )
 
     def _generate(self, tokens: list[int], sampler: Sampler, cancelled: Cancelled) -> str:

@@ -69,11 +69,11 @@ class StatsSnapshot:
     read_s: float  # time of all reads together; those at the same time count each
     prefetch_used: int  # experts read ahead that were then chosen
     prefetch_wasted: int
-    standin_share: float  # of the last 256 tokens' router weight, what stand-ins carried
+    standin_share: float  # of the router's weight in the last 256 tokens, what stand-ins carried
     buddy_budget: float  # the most that they may; 0 where nobody stands in
     output_entropy: float  # nats, of the latest answer's last 64 tokens: see `QualityMeter`
     repeated_4grams: float  # share, of its last 256 tokens
-    n_verified: int  # steps of answers that were computed a second time, exactly
+    n_verified: int  # steps of answers computed a second time, exactly, after the same K and V
     n_verified_agree: int  # of these, steps where both find the same token most likely
     verified_kl_sum: float  # of KL(exact || step) in nats
     verified_kl_max: float

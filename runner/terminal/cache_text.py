@@ -3,9 +3,10 @@
 from runner.byte_sizes import bytes_text, range_text
 from runner.protocol import ModelInfo
 from runner.stats import StatsSnapshot, share
-from runner.terminal.chat_view import percent
+from runner.terminal.chat_view import nats, percent
 
 _N_LOWEST = 5  # layers shown, those where the cache helps least
+_WINDOW = 256  # tokens of a budget: `runner.standins.budget.WINDOW`, which would bring numpy along
 
 
 def cache_text(info: ModelInfo, snapshot: StatsSnapshot) -> str:
@@ -24,6 +25,7 @@ def cache_text(info: ModelInfo, snapshot: StatsSnapshot) -> str:
         ]
     else:
         rows.append(("pairs", "nothing was computed yet"))
+    rows += _quality_rows(snapshot)
     return "\n".join(f"{label:<12}{value}" for label, value in rows)
 
 
@@ -56,6 +58,36 @@ def _time(snapshot: StatsSnapshot) -> str:
         f"compute {percent(snapshot.compute_s, total_s)},"
         f" waiting for reads {percent(snapshot.wait_s, total_s)},"
         f" Python {percent(snapshot.python_s, total_s)}"
+    )
+
+
+def _quality_rows(snapshot: StatsSnapshot) -> list[tuple[str, str]]:
+    """What is known of the answers' quality, where something is."""
+    rows = []
+    if snapshot.buddy_budget:
+        rows.append(("stand-ins", _standins(snapshot)))
+    if snapshot.output_entropy:
+        entropy, repeated = snapshot.output_entropy, percent(snapshot.repeated_4grams, 1)
+        rows.append(("output", f"entropy {entropy:.2f} nats, repeated 4-grams {repeated}"))
+    if snapshot.n_verified:
+        rows.append(("verified", _verified(snapshot)))
+    return rows
+
+
+def _standins(snapshot: StatsSnapshot) -> str:
+    is_bounded = snapshot.buddy_budget < 1.0
+    budget = f"budget {percent(snapshot.buddy_budget, 1)}" if is_bounded else "no budget"
+    return (
+        f"{percent(snapshot.standin_share, 1)} of the router's weight in the last {_WINDOW} tokens"
+        f" ({budget}), {percent(snapshot.substituted_weight_share, 1)} since the model was loaded"
+    )
+
+
+def _verified(snapshot: StatsSnapshot) -> str:
+    return (
+        f"{snapshot.n_verified} tokens: mean KL {nats(snapshot.verified_kl)} nats,"
+        f" largest {nats(snapshot.verified_kl_max)},"
+        f" same likeliest token {percent(snapshot.verified_agreement, 1)}"
     )
 
 

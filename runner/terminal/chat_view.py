@@ -14,7 +14,9 @@ from runner.terminal.status_line import StatusLine
 from runner.terminal.terminal_text import visible, visible_line
 from runner.terminal.thinking import Part, ThinkingSplitter
 
+REPEATS = "The answer repeats itself; --exact shows whether the stand-ins are the reason."
 CONTEXT_WARNING = 0.8  # share of the context from which on every answer ends with a warning
+_REPEATS, _N_REPEATS = 0.5, 128  # share of repeated 4-grams, and tokens, that are remarked on
 _DIM, _BOLD, _YELLOW, _RESET = "\x1b[2m", "\x1b[1m", "\x1b[33m", "\x1b[0m"
 
 
@@ -85,6 +87,8 @@ class ChatView:
                 f"{result.n_past / result.n_ctx:.0%} of the context is used"
                 f" ({result.n_past} of {result.n_ctx} tokens); /clear starts anew."
             )
+        if repeats_itself(result):
+            self.warn(REPEATS)
 
     def _print(self, line: str, stream: TextIO | None = None) -> None:
         self.status.clear()
@@ -202,6 +206,7 @@ def summary(result: GenerateResult) -> str:
         f"Prompt: {prompt} t/s",
         f"Generation: {generation} t/s",
         *_pair_shares(result),
+        *([f"verified KL {nats(result.verified_kl)}"] if result.n_verified else []),
         f"ctx {tokens(result.n_past)}/{tokens(result.n_ctx)}",
     ]
     ends = {"length": "stopped at -n", "cancelled": "stopped"}
@@ -229,6 +234,10 @@ def eight_labels(result: GenerateResult, total_s: float, load_s: float) -> Seque
     ]
     if result.has_cache:
         rows.append(("experts", ", ".join(_pair_shares(result))))
+    if result.n_verified:
+        same = percent(result.verified_agreement, 1)
+        kl = f"mean KL {nats(result.verified_kl)}, same likeliest token {same}"
+        rows.append(("verified", f"{result.n_verified} token(s), {kl}"))
     return [f"{label + ':':<22}{value}" for label, value in rows]
 
 
@@ -255,15 +264,26 @@ def percent(part: float, whole: float) -> str:
     return f"{100 * part / whole:.1f} %" if whole else "-"
 
 
+def nats(kl: float) -> str:
+    """A divergence: 0.004; one that is too small for that is not shown as none."""
+    return f"{kl:.3f}" if kl == 0.0 or kl >= 0.0005 else "< 0.001"
+
+
+def repeats_itself(result: GenerateResult) -> bool:
+    """Whether much of a long answer was said twice while stand-ins may be the reason."""
+    is_long = result.n_generated >= _N_REPEATS
+    return result.has_buddies and is_long and result.repeated_4grams > _REPEATS
+
+
 def _pair_shares(result: GenerateResult) -> list[str]:
     """How the experts were served, "hit 87.4 %" first; nothing without a cache."""
     if not result.has_cache:
         return []
     counts = {
         "hit": result.n_hit,
+        "buddy": result.n_substituted,
         "load": result.n_loaded,
         "host": result.n_on_host,
-        "substituted": result.n_substituted,
         "dropped": result.n_dropped,
     }
     n_pairs = sum(counts.values())

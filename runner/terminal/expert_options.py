@@ -9,6 +9,7 @@ from runner.config import (
     CACHE_POLICIES,
     MAX_MOE_CACHE_BYTES,
     MAX_MOE_CACHE_SLOTS,
+    MAX_VERIFY_EVERY,
     MISS_ACTIONS,
     MOE_CACHE_AUTO,
     MOE_CACHE_OFF,
@@ -82,6 +83,13 @@ EXPERT_FLAGS = (
         " whatever is faster.",
         type=click.Choice(MISS_ACTIONS),
         default=EngineConfig.moe_miss,
+    ),
+    flag(
+        *("--verify-every", "verify_every"),
+        help="With stand-ins compute every N-th token of an answer a second time, exactly, and say"
+        " how far it was off; 0 = none.",
+        type=click.IntRange(0, MAX_VERIFY_EVERY),
+        default=EngineConfig.verify_every,
     ),
 )
 

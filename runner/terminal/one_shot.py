@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, TextIO
 
 from runner.config import GenerateRequest
 from runner.protocol import GenerateResult, ModelInfo, PromptProgress, TextPiece
-from runner.terminal.chat_view import ChatView, eight_labels, summary
+from runner.terminal.chat_view import REPEATS, ChatView, eight_labels, repeats_itself, summary
 from runner.terminal.terminal_text import visible
 
 if TYPE_CHECKING:
@@ -47,5 +47,7 @@ def remarks(
             f"buddyrun: the answer was cut: the context is full ({result.n_past} of"
             f" {result.n_ctx} tokens); use a larger -c or --context-shift"
         )
+    if repeats_itself(result):
+        lines.append(f"buddyrun: {REPEATS[0].lower()}{REPEATS[1:-1]}")
     for line in lines:
         print(visible(line), file=err)

@@ -40,7 +40,8 @@ def test_the_last_line_says_how_the_experts_were_served() -> None:
     ("counts", "expected"),
     [((8, 0, 0, 0, 0), "hit 100.0 %"),
      ((0, 3, 0, 0, 1), "hit 0.0 % | load 75.0 % | dropped 25.0 %"),
-     ((1, 0, 0, 2, 0), "hit 33.3 % | substituted 66.7 %"),
+     ((1, 0, 0, 2, 0), "hit 33.3 % | buddy 66.7 %"),
+     ((7, 1, 0, 2, 0), "hit 70.0 % | buddy 20.0 % | load 10.0 %"),
      ((0, 0, 0, 0, 0), "hit -")],
 )  # fmt: skip
 def test_classes_without_a_pair_are_left_out_but_for_hits(
