@@ -27,6 +27,8 @@ class BuddyPolicy:
         self._choose = choose
         self._min_rank = min_rank
         self._n_tokens = 0
+        self._wanted = 0.0  # router weight that the last choice would give away without a budget
+        self._demand = 0.0  # the same of the batch so far
 
     @property
     def is_bounded(self) -> bool:
@@ -36,20 +38,39 @@ class BuddyPolicy:
     def begin(self, n_tokens: int) -> None:
         """A batch comes."""
         self._n_tokens = n_tokens
+        self._demand = 0.0
         self.budget.begin(n_tokens)
 
     def choose(self, layer: int, routing: Routing) -> Choice:
         """Who computes the layer's pairs; counts nothing."""
-        allowance = self.budget.allowance(layer) if self.is_bounded else None
+        choice = self._choose(layer, routing, Gate(min_rank=self._min_rank), self.opening.value)
+        cost = _given_weight(routing, choice)
+        self._wanted = float(cost.sum()) if cost is not None else 0.0
+        if cost is None or not self.is_bounded:
+            return choice
+        allowance = self.budget.allowance(layer)
+        if (cost.cumsum() <= allowance).all():
+            return choice
         gate = Gate(min_rank=self._min_rank, allowance=allowance)
         return self._choose(layer, routing, gate, self.opening.value)
 
     def spend(self, routing: Routing, choice: Choice) -> None:
         """Count what was chosen; once for every layer of the batch that misses something."""
-        if choice.experts is not routing.expert_ids:
-            given = choice.experts != routing.expert_ids
-            self.budget.spend((routing.weights * given).sum(axis=1, dtype=np.float64))
+        self._demand += self._wanted
+        cost = _given_weight(routing, choice)
+        if cost is not None:
+            self.budget.spend(cost)
 
     def end(self) -> None:
         """The batch is finished."""
-        self.opening.follow(self.budget.end(), self._n_tokens)
+        self.budget.end()
+        self.opening.follow(self.budget.share_of(self._demand, self._n_tokens), self._n_tokens)
+
+
+def _given_weight(routing: Routing, choice: Choice) -> np.ndarray | None:
+    """The router's weight that others than it chose got, of each token; None = none at all."""
+    if choice.experts is routing.expert_ids:
+        return None
+    given = choice.experts != routing.expert_ids
+    weight: np.ndarray = (routing.weights * given).sum(axis=1, dtype=np.float64)
+    return weight

@@ -12,7 +12,7 @@ import numpy as np
 
 WINDOW = 256  # tokens; of a longer batch the window is the batch
 _SMALLEST_OPENING = 1e-3
-_GAIN = 0.03  # how fast the opening follows the budget, per token
+_GAIN = 0.02  # how fast the opening follows the budget, per token
 
 
 class Budget:
@@ -61,28 +61,31 @@ class Budget:
         """Count what a layer substituted of each token, (n_tokens,)."""
         self._spent += weight
 
-    def end(self) -> float:
-        """The batch is finished; returns the share of its weight that was substituted."""
+    def end(self) -> None:
+        """The batch is finished."""
         self._history.extend(self._spent.tolist())
-        return float(self._spent.sum()) / (len(self._spent) * self._n_layer)
+
+    def share_of(self, weight: float, n_tokens: int) -> float:
+        """A weight in all layers as a part of all that these tokens have."""
+        return weight / (n_tokens * self._n_layer)
 
 
 class Opening:
     """How readily pairs are given away, 0 to 1, so that the budget lasts and is used.
 
     A policy that gives away whatever comes first spends its budget on whatever comes first. The
-    opening shrinks while more is spent than the budget gives and grows while less is, so that the
-    cheapest pairs are given away all the time.
+    opening shrinks while a policy wants to give away more than the budget has and grows while it
+    wants less, so that the cheapest pairs are given away all the time.
     """
 
     def __init__(self, share: float, start: float) -> None:
         self._share = share
         self.value = 1.0 if share >= 1.0 else max(_SMALLEST_OPENING, min(1.0, start))
 
-    def follow(self, spent_share: float, n_tokens: int) -> None:
-        """Learn from a batch that substituted this share of its weight."""
+    def follow(self, wanted_share: float, n_tokens: int) -> None:
+        """Learn from a batch whose policy wanted to give away this share of its weight."""
         if not 0.0 < self._share < 1.0:
             return
-        error = max(-4.0, 1.0 - spent_share / self._share)
+        error = max(-4.0, 1.0 - wanted_share / self._share)
         self.value *= math.exp(_GAIN * error * min(n_tokens, 8))
         self.value = max(_SMALLEST_OPENING, min(1.0, self.value))
