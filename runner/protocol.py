@@ -80,6 +80,9 @@ class ModelInfo:
     moe_cache_bytes: int = 0  # memory of all expert slots; 0 = experts stay in the mapped file
     moe_cache_slots: tuple[int, ...] = ()  # per layer
     moe_cache_policy: str = ""
+    buddy: str = ""  # the policy that lets others stand in for missing experts; "" = none
+    buddy_budget: float = 0.0  # the most of the router's weight that they may carry
+    buddy_profile: str = ""  # the file that the policy was made with
     notes: tuple[str, ...] = ()  # things the user should know, each one sentence
 
 

@@ -288,6 +288,9 @@ def _describe(path: str, model: LoadedModel, load_s: float) -> ModelInfo:
         moe_cache_bytes=engine.cache_plan.n_bytes,
         moe_cache_slots=engine.cache_plan.n_slots,
         moe_cache_policy=engine.config.moe_cache_policy if engine.cache_plan.n_slots else "",
+        buddy=engine.buddies.name,
+        buddy_budget=engine.buddies.budget,
+        buddy_profile=engine.buddies.profile,
         notes=engine.notes + template_notes,
     )
 

@@ -33,6 +33,16 @@ class ChosenPolicy:
     profile: str = ""  # the file that it was made with
     notes: tuple[str, ...] = ()
 
+    @property
+    def name(self) -> str:
+        """Of the policy; "" where nobody stands in."""
+        return self.policy.name if self.policy is not None else ""
+
+    @property
+    def budget(self) -> float:
+        """The most of the router's weight that stand-ins may carry."""
+        return self.policy.budget.share if self.policy is not None else 0.0
+
 
 def check_settings(config: EngineConfig) -> None:
     """Raise OptionError for settings that mean nothing."""

@@ -5,6 +5,7 @@ thinking are dimmed. Elsewhere stdout receives the answer's text exactly as the 
 nothing else: it is data for the next program; remarks go to stderr.
 """
 
+import os
 from collections.abc import Sequence
 from typing import TextIO
 
@@ -45,6 +46,8 @@ class ChatView:
         self._print(f"device   {visible_line(info.device)}, {threads}")
         if info.moe_cache_slots:
             self._print(f"experts  {experts_line(info)}")
+        if info.buddy:
+            self._print(f"buddies  {buddies_line(info)}")
         for note in info.notes:
             self._print(self._styled(f"note     {visible_line(note)}", _YELLOW))
         self._print(self._styled("/? for help, Ctrl-C stops an answer, /bye leaves", _DIM))
@@ -194,6 +197,15 @@ def experts_line(info: ModelInfo) -> str:
     if min(n_slots) < info.n_expert:
         text += f", {info.moe_cache_policy}, the rest from the file"
     return text
+
+
+def buddies_line(info: ModelInfo) -> str:
+    """Who stands in for missing experts, and how much of an answer that may touch."""
+    by = f" by {visible_line(os.path.basename(info.buddy_profile))}" if info.buddy_profile else ""
+    if info.buddy_budget >= 1.0:
+        return f"{info.buddy}{by}, without a limit; --exact lets nobody stand in"
+    most = percent(info.buddy_budget, 1)
+    return f"{info.buddy}{by}, at most {most} of the router's weight; --exact lets nobody stand in"
 
 
 def summary(result: GenerateResult) -> str:

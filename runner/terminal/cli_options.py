@@ -12,6 +12,7 @@ import click
 from click.core import ParameterSource
 
 from runner.config import (
+    BUDDY_OFF,
     DEFAULT_MAX_CTX,
     MAX_BATCH,
     MAX_CTX,
@@ -298,8 +299,11 @@ def engine_config(params: Params) -> EngineConfig:
     """The engine's settings in the parameters of a command; what it lacks keeps its default."""
     names = EngineConfig.__dataclass_fields__
     values = {name: params[name] for name in names if name in params}
-    if values.get("moe_cache_profile"):  # the engine's process has another working directory
-        values["moe_cache_profile"] = os.path.abspath(values["moe_cache_profile"])
+    for name in ("moe_cache_profile", "buddy_profile"):
+        if values.get(name) and values[name] != BUDDY_OFF:
+            values[name] = os.path.abspath(values[name])  # the worker is somewhere else
+    if params.get("exact"):
+        values["buddy"] = BUDDY_OFF
     return EngineConfig(**values)
 
 

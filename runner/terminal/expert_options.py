@@ -9,13 +9,13 @@ from runner.config import (
     CACHE_POLICIES,
     MAX_MOE_CACHE_BYTES,
     MAX_MOE_CACHE_SLOTS,
-    MAX_VERIFY_EVERY,
     MISS_ACTIONS,
     MOE_CACHE_AUTO,
     MOE_CACHE_OFF,
     EngineConfig,
 )
 from runner.errors import OptionError
+from runner.terminal.buddy_options import BUDDY_FLAGS
 from runner.terminal.cli_options import FILE, Params, engine_config, flag
 
 _SIZE_WORDS = {"auto": MOE_CACHE_AUTO, "off": MOE_CACHE_OFF}
@@ -84,13 +84,7 @@ EXPERT_FLAGS = (
         type=click.Choice(MISS_ACTIONS),
         default=EngineConfig.moe_miss,
     ),
-    flag(
-        *("--verify-every", "verify_every"),
-        help="With stand-ins compute every N-th token of an answer a second time, exactly, and say"
-        " how far it was off; 0 = none.",
-        type=click.IntRange(0, MAX_VERIFY_EVERY),
-        default=EngineConfig.verify_every,
-    ),
+    *BUDDY_FLAGS,
 )
 
 # For a command that only says what would be: without them it says nothing of a cache.
