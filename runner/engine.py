@@ -111,7 +111,8 @@ class Engine:
         self._tokens: list[int] = []  # what the KV cache holds, in order
         self._meter = QualityMeter()
         self._verifier: Verifier | None = None
-        if self._budget is not None and config.verify_every:
+        has_standins = self._budget is not None and min(plan.n_slots) < model.n_expert
+        if has_standins and config.verify_every:
             self._verifier = Verifier(config.verify_every, self._parts.kv, self._stats)
 
     def _make_planner(self) -> MissPlanner | None:
@@ -254,8 +255,7 @@ class Engine:
         them, are counted. Raises CancelledError.
         """
         logits = self.decode(token)
-        can_differ = self._experts is not None and self._experts.is_needed
-        if self._verifier is None or not can_differ or not self._verifier.is_due():
+        if self._verifier is None or not self._verifier.is_due():
             return logits
         step = logits.copy()  # the exact step overwrites them
         position = self.n_past - 1

@@ -19,6 +19,7 @@ from runner.protocol import PromptProgress
 from runner.terminal.chat_view import ChatView
 from runner.terminal.conversation import ChatSettings
 from runner.terminal.interrupts import SecondInterrupt
+from runner.terminal.one_shot import remarks
 from tests.runner.chat_fakes import INFO, ScriptedChat, press_ctrl_c, result
 
 
@@ -50,6 +51,37 @@ def test_classes_without_a_pair_are_left_out_but_for_hits(
     names = ("n_hit", "n_loaded", "n_on_host", "n_substituted", "n_dropped")
     served = replace(result(), has_cache=True, **dict(zip(names, counts, strict=True)))
     assert f" t/s | {expected} | ctx " in ScriptedChat(["hi"], [["ok", served]]).run()
+
+
+@pytest.mark.parametrize(
+    ("kl", "text"), [(0.0041, "0.004"), (0.0, "0.000"), (1e-5, "< 0.001"), (0.0005, "0.001")]
+)
+def test_the_last_line_says_how_far_verified_tokens_were_off(kl: float, text: str) -> None:
+    served = replace(result(), has_cache=True, n_hit=874, n_substituted=21, n_loaded=105)
+    served = replace(served, n_verified=3, verified_kl=kl, verified_agreement=1.0)
+    shares = "hit 87.4 % | buddy 2.1 % | load 10.5 %"
+    printed = ScriptedChat(["hi"], [["ok", served]]).run()
+    assert f" t/s | {shares} | verified KL {text} | ctx 1.2k/8k ]" in printed
+
+
+@pytest.mark.parametrize(
+    ("share", "n_generated", "has_buddies", "is_said"),
+    [(0.51, 128, True, True), (0.5, 128, True, False), (0.9, 127, True, False),
+     (0.9, 500, False, False)],
+)  # fmt: skip
+def test_a_long_answer_of_stand_ins_that_repeats_itself_is_remarked_on(
+    share: float, n_generated: int, has_buddies: bool, is_said: bool
+) -> None:
+    repeating = replace(
+        result(), repeated_4grams=share, n_generated=n_generated, has_buddies=has_buddies
+    )
+    remark = "The answer repeats itself; --exact shows whether the stand-ins are the reason.\n"
+    printed = ScriptedChat(["hi"], [["ok", repeating]]).run()
+    assert printed.endswith(remark) if is_said else remark not in printed
+    err = io.StringIO()
+    remarks(repeating, INFO, 0.0, err, verbose=False)
+    expected = "buddyrun: the answer repeats itself; --exact shows whether the stand-ins are the"
+    assert err.getvalue() == (f"{expected} reason\n" if is_said else "")
 
 
 def test_without_a_cache_the_last_line_has_no_hits() -> None:
@@ -275,6 +307,15 @@ def test_verbose_says_how_the_experts_were_served() -> None:
     printed = ScriptedChat(["hi"], [["ok", served]], settings=verbose).run()
     assert "\nexperts:              hit 75.0 %, host 25.0 %\n" in printed
     assert "experts:" not in ScriptedChat(["hi"], [["ok"]], settings=verbose).run()
+
+
+def test_verbose_says_what_was_verified() -> None:
+    found = replace(result(), n_verified=8, verified_kl=0.0123, verified_agreement=0.875)
+    verbose = ChatSettings(verbose=True)
+    printed = ScriptedChat(["hi"], [["ok", found]], settings=verbose).run()
+    expected = "8 token(s), mean KL 0.012, same likeliest token 87.5 %"
+    assert f"\nverified:             {expected}\n" in printed
+    assert "verified:" not in ScriptedChat(["hi"], [["ok"]], settings=verbose).run()
 
 
 def test_speeds_of_nothing_are_dashes() -> None:

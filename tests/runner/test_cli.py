@@ -166,7 +166,8 @@ def test_a_bug_shows_no_traceback_unless_asked(tmp_path: Path) -> None:
      ["--temp", "-1"], ["--top-p", "1.1"], ["-s", "-2"], ["-n", "-2"], ["--mirostat", "3"],
      ["--repeat-penalty", "0"], ["--nonsense"], ["-c"], ["--keep", "99999999999"],
      ["--moe-cache", "6X"], ["--moe-cache", "-1"], ["--moe-cache", "9999999G"],
-     ["--moe-cache-slots", "-1"], ["--moe-cache-policy", "fifo"], ["--moe-miss", "drop"]],
+     ["--moe-cache-slots", "-1"], ["--moe-cache-policy", "fifo"], ["--moe-miss", "drop"],
+     ["--verify-every", "-1"]],
 )  # fmt: skip
 def test_a_wrong_flag_is_a_usage_error(arguments: list[str], model: str) -> None:
     done = buddyrun(model, "-p", "hi", *arguments)
@@ -336,6 +337,7 @@ def test_the_loading_bar_needs_only_stderr_to_be_a_terminal() -> None:
                 moe_miss="host",
             ),
         ),
+        (["--verify-every", "64"], {}, EngineConfig(verify_every=64)),
         (
             [],
             {"BUDDYRUN_MOE_CACHE_SLOTS": "2", "BUDDYRUN_MOE_CACHE_POLICY": "static"},

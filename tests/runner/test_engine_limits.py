@@ -21,6 +21,7 @@ from tests.paths import DEMO
         ({"moe_cache_bytes": -2}, "--moe-cache -2: expected 0 to"),
         ({"moe_cache_bytes": 1 << 60}, "--moe-cache 1152921504606846976: expected 0 to"),
         ({"moe_cache_slots": -1}, "--moe-cache-slots -1: expected 0 to"),
+        ({"verify_every": -1}, "--verify-every -1: expected 0 to"),
     ],
 )
 def test_a_message_with_a_wrong_expert_setting_is_refused_by_its_flag(

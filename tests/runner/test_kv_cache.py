@@ -1,9 +1,16 @@
 """Which cell holds which position, and who may look where: answers known on paper."""
 
+from contextlib import closing
+
 import numpy as np
 import pytest
 
-from runner.kv_cache import FREE, KVCells, padded_context
+from quant.ggml import Backend
+from quant.ggml_types import GGML_TYPES_BY_NAME
+from quant.gguf_file import GGUFFile
+from runner.checks.read_model import read_model
+from runner.kv_cache import FREE, KVCache, KVCells, padded_context
+from tests.paths import DEMO
 
 
 def visible(cells: KVCells, n_tokens: int, first_position: int) -> list[set[int]]:
@@ -83,6 +90,33 @@ def test_every_history_of_takes_and_cuts_keeps_one_cell_per_position() -> None:
         held = cells.positions[cells.positions != FREE]
         assert sorted(held) == list(range(n_past))
         assert (cells.positions[cells.n_visible :] == FREE).all()
+
+
+def test_a_cell_is_read_and_put_back_apart_from_its_neighbours() -> None:
+    q8_0, f16 = GGML_TYPES_BY_NAME["Q8_0"], GGML_TYPES_BY_NAME["F16"]
+    with GGUFFile.open(DEMO) as file, Backend.cpu(1) as backend:
+        config = read_model(file)
+        with closing(KVCache(backend, config, 256, q8_0, f16)) as kv:
+            n_row = config.n_embd_head * config.n_head_kv
+            n_bytes = config.n_layer * (n_row // 32 * 34 + n_row * 2)
+            rows = np.random.default_rng(0).integers(0, 256, (3, n_bytes), np.uint8)
+            for cell, row in zip((6, 7, 8), rows, strict=True):
+                kv.write_cell(cell, row)
+            kv.write_cell(7, rows[0])
+            assert [kv.read_cell(cell).tolist() for cell in (6, 7, 8)] == [
+                rows[0].tolist(), rows[0].tolist(), rows[2].tolist(),
+            ]  # fmt: skip
+            first = np.empty(n_row // 32 * 34, np.uint8)
+            backend.read(kv.k[0], first, 8 * first.nbytes)
+            assert first.tolist() == rows[2, : first.nbytes].tolist()
+
+
+def test_a_position_is_found_where_a_shift_left_it() -> None:
+    cells = KVCells(256)
+    cells.take(0, 256)
+    cells.shift(n_keep=2, n_discard=100)
+    cells.take(156, 2)
+    assert [cells.cell_of(position) for position in (0, 2, 155, 156, 157)] == [0, 102, 255, 2, 3]
 
 
 @pytest.mark.parametrize(("n", "padded"), [(1, 256), (256, 256), (257, 512), (8192, 8192)])

@@ -127,6 +127,25 @@ def test_counts_between_two_snapshots_keep_what_is_now() -> None:
     assert (counted.n_past, counted.n_slots, counted.residency) == (2, (1, 1), ((4,), (2,)))
 
 
+def test_verified_steps_are_counted_and_give_a_mean_and_an_agreement() -> None:
+    recorder = StatsRecorder(1, (4,), buddy_budget=0.25)
+    assert (take(recorder).verified_kl, take(recorder).verified_agreement) == (0.0, 0.0)
+    recorder.record_verified(0.5, False, 10**9)
+    before = take(recorder)
+    recorder.record_verified(0.25, True, 10**9)
+    recorder.record_verified(0.0, True, 2 * 10**9)
+    recorder.record_standins(0.125)
+    recorder.record_output(2.0, 0.5)
+    now = take(recorder)
+    counted = now.counted_since(before)
+    assert (now.n_verified, now.verified_kl, now.verified_agreement) == (3, 0.25, 2 / 3)
+    assert (now.verified_kl_max, now.verify_s, now.generation_s) == (0.5, 4.0, 0.0)
+    assert (counted.n_verified, counted.verified_kl, counted.verified_agreement) == (2, 0.125, 1.0)
+    assert (counted.verified_kl_max, counted.verify_s) == (0.5, 3.0)
+    assert (counted.standin_share, counted.buddy_budget) == (0.125, 0.25)
+    assert (counted.output_entropy, counted.repeated_4grams) == (2.0, 0.5)
+
+
 def test_without_a_cache_nothing_was_evicted() -> None:
     recorder = StatsRecorder(2)
     record(recorder, plan(2), plan(2))

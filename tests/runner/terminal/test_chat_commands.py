@@ -10,8 +10,9 @@ import pytest
 
 from runner import protocol
 from runner.errors import ContextFullError, TemplateError, WorkerDiedError
-from runner.miss_policy import RoutingPlan
+from runner.miss_policy import RoutingPlan, ServedWeight
 from runner.protocol import ModelInfo
+from runner.standins.budget import WINDOW
 from runner.stats import StatsRecorder
 from runner.terminal.chat_commands import COMMANDS, complete
 from runner.terminal.conversation import ChatSettings
@@ -209,6 +210,32 @@ def test_show_cache_before_the_first_answer_has_no_shares() -> None:
         "slots       4 of 8 experts per layer (40.0 MB), static\n"
         "pairs       nothing was computed yet\n"
     )
+
+
+def test_show_cache_says_what_is_known_of_the_answers_quality() -> None:
+    info = replace(INFO, moe_cache_bytes=40_000_000, moe_cache_slots=(4, 4), moe_cache_policy="lfu")
+    recorder = StatsRecorder(2, (4, 4), buddy_budget=0.05)
+    weight = ServedWeight(hit=0.9, loaded=0.06, on_host=0.0, substituted=0.03, dropped=0.01)
+    plans = [RoutingPlan(np.zeros((1, 2), np.int32), (), (), 2, 0, 0, weight=weight)] * 2
+    recorder.record_batch(1, plans, 10**9, 10**9, 0, False)
+    recorder.record_standins(0.021)
+    recorder.record_output(2.345, 0.0123)
+    for kl, is_same_top in ((0.004, True), (0.0162, False), (0.0, True), (0.0, True)):
+        recorder.record_verified(kl, is_same_top, 10**8)
+    printed = show_cache(recorder, info=info)
+    assert printed.splitlines()[-3:] == [
+        f"stand-ins   2.1 % of the router's weight in the last {WINDOW} tokens (budget 5.0 %),"
+        " 4.0 % since the model was loaded",
+        "output      entropy 2.35 nats, repeated 4-grams 1.2 %",
+        "verified    4 tokens: mean KL 0.005 nats, largest 0.016, same likeliest token 75.0 %",
+    ]
+
+
+def test_show_cache_says_when_there_is_no_budget() -> None:
+    info = replace(INFO, moe_cache_bytes=40_000_000, moe_cache_slots=(4, 4), moe_cache_policy="lfu")
+    printed = show_cache(StatsRecorder(2, (4, 4), buddy_budget=1.0), info=info)
+    assert "in the last 256 tokens (no budget), 0.0 % since" in printed
+    assert "output" not in printed and "verified" not in printed
 
 
 def test_show_cache_without_a_cache_is_one_sentence() -> None:
