@@ -70,6 +70,11 @@ def kv_bytes(engine: Engine) -> list[bytes]:
     return [content(tensor) for tensor in (*kv.k, *kv.v)]
 
 
+def copy_kv(source: Engine, target: Engine) -> None:
+    for cell in range(source._parts.kv.cells.n_used):
+        target._parts.kv.write_cell(cell, source._parts.kv.read_cell(cell))
+
+
 def bookkeeping(engine: Engine) -> list[Any]:
     """What must not notice that a step is verified, but for the counters."""
     kv, cache, policy = engine._parts.kv, engine._cache, engine.buddies.policy
@@ -140,9 +145,7 @@ def test_a_step_that_stand_ins_computed_differs_as_an_engine_without_them_says(
         reference.prefill([*PROMPT, *NEXT])
         kls, n_agree = [], 0
         for token in (901, 902, 903):
-            for cell in range(engine.n_past):
-                rows = engine._parts.kv.read_cell(cell)
-                reference._parts.kv.write_cell(cell, rows)
+            copy_kv(engine, reference)
             before = engine.snapshot()
             step = decode(engine, token)
             exact = reference.decode(token)
@@ -233,22 +236,26 @@ def test_the_exact_step_changes_nothing_while_it_is_compared(
 
 
 def test_a_cell_in_a_gap_that_a_context_shift_left_is_put_back_as_well() -> None:
+    shifts = {"n_ctx": 64, "context_shift": True}
     with (
-        engine_of(ALL_GIVEN, n_ctx=64, context_shift=True) as plain,
-        engine_of(ALL_GIVEN, n_ctx=64, context_shift=True, verify_every=1) as verified,
+        engine_of(ALL_GIVEN, **shifts) as plain,
+        engine_of(ALL_GIVEN, **shifts, verify_every=1) as verified,
+        engine_of(EXACTLY, **shifts) as reference,
     ):
         prompt = [0, *range(300, 362)]
-        for engine in (plain, verified):
+        for engine in (plain, verified, reference):
             engine.prefill(prompt)
             engine.decode(700)
             assert engine._make_room()
+        copy_kv(verified, reference)
         cells = verified._parts.kv.cells
         plain.decode(901)
-        decode(verified, 901)
+        step, exact = decode(verified, 901), reference.decode(901)
         assert cells.cell_of(verified.n_past - 1) < cells.n_used - 1, "there is a gap"
         assert bookkeeping(verified) == bookkeeping(plain)
         assert kv_bytes(verified) == kv_bytes(plain)
-        assert verified.snapshot().verified_kl > 0
+        expected = kl_by_definition(exact, step)
+        assert verified.snapshot().verified_kl == pytest.approx(expected, rel=1e-9) and expected > 0
 
 
 def test_experts_that_the_exact_step_reads_stay_and_the_reads_are_counted() -> None:
