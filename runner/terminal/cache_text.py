@@ -85,8 +85,8 @@ def _standins(snapshot: StatsSnapshot) -> str:
 
 def _verified(snapshot: StatsSnapshot) -> str:
     return (
-        f"{snapshot.n_verified} tokens: mean KL {nats(snapshot.verified_kl)} nats,"
-        f" largest {nats(snapshot.verified_kl_max)},"
+        f"{snapshot.n_verified} tokens: mean KL {nats(snapshot.verified_kl, 4)} nats,"
+        f" largest {nats(snapshot.verified_kl_max, 4)},"
         f" same likeliest token {percent(snapshot.verified_agreement, 1)}"
     )
 

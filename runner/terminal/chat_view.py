@@ -276,9 +276,11 @@ def percent(part: float, whole: float) -> str:
     return f"{100 * part / whole:.1f} %" if whole else "-"
 
 
-def nats(kl: float) -> str:
-    """A divergence: 0.004; one that is too small for that is not shown as none."""
-    return f"{kl:.3f}" if kl == 0.0 or kl >= 0.0005 else "< 0.001"
+def nats(kl: float, n_digits: int = 3) -> str:
+    """A divergence: 0.004; one that is too small for these digits is not shown as none."""
+    smallest = 10.0**-n_digits
+    is_shown = kl == 0.0 or kl >= smallest / 2
+    return f"{kl:.{n_digits}f}" if is_shown else f"< {smallest:.{n_digits}f}"
 
 
 def repeats_itself(result: GenerateResult) -> bool:

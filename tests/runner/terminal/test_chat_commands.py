@@ -220,14 +220,14 @@ def test_show_cache_says_what_is_known_of_the_answers_quality() -> None:
     recorder.record_batch(1, plans, 10**9, 10**9, 0, False)
     recorder.record_standins(0.021)
     recorder.record_output(2.345, 0.0123)
-    for kl, is_same_top in ((0.004, True), (0.0162, False), (0.0, True), (0.0, True)):
+    for kl, is_same_top in ((0.004, True), (0.0164, False), (0.0, True), (0.0, True)):
         recorder.record_verified(kl, is_same_top, 10**8)
     printed = show_cache(recorder, info=info)
     assert printed.splitlines()[-3:] == [
         f"stand-ins   2.1 % of the router's weight in the last {WINDOW} tokens (budget 5.0 %),"
         " 4.0 % since the model was loaded",
         "output      entropy 2.35 nats, repeated 4-grams 1.2 %",
-        "verified    4 tokens: mean KL 0.005 nats, largest 0.016, same likeliest token 75.0 %",
+        "verified    4 tokens: mean KL 0.0051 nats, largest 0.0164, same likeliest token 75.0 %",
     ]
 
 
