@@ -176,6 +176,8 @@ def test_prior_raises_residents_by_a_share_of_the_scores_spread() -> None:
 
 def test_what_prior_leaves_missing_is_exact() -> None:
     assert prior((C, D), 0.3) == ([A, C], [0.9526, 0.0474])  # 3 + 1.5 > 4, but 1 + 1.5 < 6
+    # C, being above A as well, displaces B; D is not above A: 1 + 3.5 < 6
+    assert prior((C, D), 0.7) == ([A, C], [0.9526, 0.0474])
 
 
 def test_prior_gives_the_first_displaced_place_to_the_best_newcomer() -> None:

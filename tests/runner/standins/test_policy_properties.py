@@ -132,6 +132,9 @@ def check_choice(name: str, s: Situation, on_host: frozenset[int]) -> None:
     assert choice.experts.shape == choice.weights.shape == routing.expert_ids.shape
     assert choice.experts.dtype == np.int32 and choice.weights.dtype == np.float32
     check_stand_ins(s, choice.experts, may_drop="drop" in name)
+    if name == "buddymoe":
+        n_given = (choice.experts != routing.expert_ids).sum(axis=1)
+        assert n_given.max() <= s.parameters.max_per_token
     check_spending(s, choice.experts)
     check_plan(s, choice, on_host)
     changed = (choice.experts != routing.expert_ids).any(axis=1)
