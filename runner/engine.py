@@ -92,14 +92,17 @@ class Engine:
             self.notes += loading.page_in_weights(self.file, plan, report, cancelled)
             policy = self.buddies.policy
             self._budget = policy.budget if policy is not None else None
-            budget_share = self._budget.share if self._budget is not None else 0.0
-            self._stats = StatsRecorder(model.n_layer, plan.n_slots, budget_share)
+            self._stats = StatsRecorder(
+                model.n_layer, plan.n_slots, self.buddies.name, self.buddies.budget
+            )
             self._cache = loading.make_cache(
                 backend, self.file, model, config.moe_cache_policy, plan
             )
             if self._cache is not None:
                 owned.callback(self._cache.close)
-            self._usage = loading.open_usage(config, self.file, model, self._cache)
+            self._usage = loading.open_usage(
+                config, self.file, model, self._cache, self.buddies.uses
+            )
             self._parts = loading.allocate(backend, self.file, model, limits, self._cache, owned)
             self.notes += loading.scattered_notes(self._parts.weights)
             largest = BatchShape(limits.n_batch, padded_context(limits.n_ctx))
@@ -111,8 +114,7 @@ class Engine:
         self._tokens: list[int] = []  # what the KV cache holds, in order
         self._meter = QualityMeter()
         self._verifier: Verifier | None = None
-        has_standins = self._budget is not None and min(plan.n_slots) < model.n_expert
-        if has_standins and config.verify_every:
+        if self._budget is not None and config.verify_every:
             self._verifier = Verifier(config.verify_every, self._parts.kv, self._stats)
 
     def _make_planner(self) -> MissPlanner | None:

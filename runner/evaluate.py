@@ -54,7 +54,7 @@ def evaluate(wanted: PerplexityFields, listeners: Listeners = _NOBODY) -> Evalua
     with GGUFFile.open(wanted.model) as file:
         model = read_model(file)
         choose_limits(config, model)
-        choose_policy(config, file, model, (model.n_expert,))  # told before the exact run
+        choose_policy(config, file, model, (model.n_expert_used,))  # told before the exact run
         first_part = file.paths[0]
     with Tokenizer(first_part) as tokenizer:
         windows = windows_of_texts(wanted, tokenizer, config.n_ctx)
@@ -139,8 +139,8 @@ def compare(
         divergence=scores.divergence(),
         run=cost_of(counted),
         base=base.cost,
-        policy=config.buddy,
-        buddy_budget=config.buddy_budget or 0.0,
+        policy=counted.buddy or BUDDY_OFF,
+        buddy_budget=counted.buddy_budget,
         buddy_min_rank=config.buddy_min_rank,
         moe_cache_slots=min(counted.n_slots, default=0),
         n_ctx=base.n_ctx,

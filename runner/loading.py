@@ -3,6 +3,8 @@
 from collections.abc import Callable
 from contextlib import ExitStack
 
+import numpy as np
+
 from quant.ggml import Backend
 from quant.gguf_file import GGUFFile
 from runner.config import EngineConfig
@@ -53,14 +55,24 @@ def make_cache(
 
 
 def open_usage(
-    config: EngineConfig, file: GGUFFile, model: ModelConfig, cache: ExpertCache | None
+    config: EngineConfig,
+    file: GGUFFile,
+    model: ModelConfig,
+    cache: ExpertCache | None,
+    uses: np.ndarray | None = None,
 ) -> UsageFile | None:
-    """The profile of expert uses, if one is named, and the cache told of it. Raises OptionError."""
-    if not config.moe_cache_profile or cache is None:
+    """The file of expert uses, if one is named, and the cache told of it. Raises OptionError.
+
+    uses (n_layer, n_expert): what the cache is told where there are no earlier uses.
+    """
+    if cache is None:
         return None
-    usage = UsageFile(config.moe_cache_profile, file, model)
-    if usage.earlier.any():
-        cache.table.expect(frequency_of(usage.earlier, model.n_expert_used))
+    usage = None
+    if config.moe_cache_profile:
+        usage = UsageFile(config.moe_cache_profile, file, model)
+        uses = usage.earlier if usage.earlier.any() else uses
+    if uses is not None:
+        cache.table.expect(frequency_of(uses, model.n_expert_used))
     return usage
 
 

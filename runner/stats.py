@@ -70,6 +70,7 @@ class StatsSnapshot:
     prefetch_used: int  # experts read ahead that were then chosen
     prefetch_wasted: int
     standin_share: float  # of the router's weight in the last 256 tokens, what stand-ins carried
+    buddy: str  # the policy by which others stand in for missing experts; "" = none
     buddy_budget: float  # the most that they may; 0 where nobody stands in
     output_entropy: float  # nats, of the latest answer's last 64 tokens: see `QualityMeter`
     repeated_4grams: float  # share, of its last 256 tokens
@@ -161,9 +162,13 @@ class StatsRecorder:
     """Written by the engine's thread only; any thread may take a snapshot."""
 
     def __init__(
-        self, n_layer: int, n_slots: tuple[int, ...] = (), buddy_budget: float = 0.0
+        self,
+        n_layer: int,
+        n_slots: tuple[int, ...] = (),
+        buddy: str = "",
+        buddy_budget: float = 0.0,
     ) -> None:
-        """n_slots: of each layer's cache, () without one; buddy_budget: 0 without stand-ins."""
+        """n_slots: of each layer's cache, () without one; buddy: the policy, "" and 0 without."""
         self._started = time.monotonic()
         self._lock = Lock()
         self._n_slots = n_slots
@@ -182,7 +187,7 @@ class StatsRecorder:
         self._read_ns = 0
         self._n_prefetch_used = 0
         self._n_prefetch_wasted = 0
-        self._buddy_budget = buddy_budget
+        self._buddy, self._buddy_budget = buddy, buddy_budget
         self._standin_share = 0.0
         self._output_entropy = 0.0
         self._repeated_4grams = 0.0
@@ -289,6 +294,7 @@ class StatsRecorder:
                 prefetch_used=self._n_prefetch_used,
                 prefetch_wasted=self._n_prefetch_wasted,
                 standin_share=self._standin_share,
+                buddy=self._buddy,
                 buddy_budget=self._buddy_budget,
                 output_entropy=self._output_entropy,
                 repeated_4grams=self._repeated_4grams,
@@ -312,6 +318,7 @@ _STATES = (  # as they are now, not counted
     "n_slots",
     "residency",
     "standin_share",
+    "buddy",
     "buddy_budget",
     "output_entropy",
     "repeated_4grams",

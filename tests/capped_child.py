@@ -47,6 +47,9 @@ class Settings:
     n_slots: int = 0  # 0 = as many as the memory buys
     policy: str = "lfu"
     miss: str = "load"
+    buddy: str = "off"
+    buddy_budget: float = 1.0
+    buddy_min_rank: int = 1
 
     @property
     def engine_config(self) -> EngineConfig:
@@ -58,6 +61,9 @@ class Settings:
             moe_cache_slots=self.n_slots,
             moe_cache_policy=self.policy,
             moe_miss=self.miss,
+            buddy=self.buddy,
+            buddy_budget=self.buddy_budget,
+            buddy_min_rank=self.buddy_min_rank,
         )
 
     def tokens(self, n_vocab: int) -> tuple[list[int], list[int]]:
@@ -84,6 +90,8 @@ class Decoding:
     hit_share: float
     loaded_share: float
     on_host_share: float
+    substituted_share: float
+    policy_us: float  # per MoE layer and token: choosing stand-ins and counting what they carry
     missed_bytes: float  # of the experts that had to be read
     read_bytes: float  # read ahead in vain included
     read_gb_per_s: float  # while reading
@@ -117,13 +125,15 @@ def run_buddyrun(settings: Settings) -> dict[str, Any]:
     cold_s = seconds(lambda: engine.prefill(prompt))
     engine.reset()
     warm_s = seconds(lambda: engine.prefill(prompt))
+    policy_ns = timed_policy(engine)
     disk_before, before = disk_gb_per_s(settings.model), engine.snapshot()
     decode_s = [seconds(lambda: engine.decode(tokens[0]))]
     memory_before = anonymous_megabytes("self")
     decode_s += [seconds(lambda t=token: engine.decode(t)) for token in tokens[1:]]
     memory, spent = anonymous_megabytes("self"), engine.snapshot().counted_since(before)
     disk = (disk_before, disk_gb_per_s(settings.model))
-    decoding = _decoding(engine, spent, disk, (memory_before, memory))
+    policy_us = sum(policy_ns) / 1e3 / (len(tokens) * engine.model_config.n_layer)
+    decoding = _decoding(engine, spent, disk, (memory_before, memory), policy_us)
     engine.close()
     return {
         "times": asdict(Times(load_s, cold_s, warm_s, decode_s)),
@@ -131,11 +141,32 @@ def run_buddyrun(settings: Settings) -> dict[str, Any]:
     }
 
 
+def timed_policy(engine: Engine) -> list[int]:
+    """Nanoseconds of every call that the engine makes of its policy from now on."""
+    spent: list[int] = []
+    policy = engine.buddies.policy
+    for name in ("begin", "choose", "spend", "end") if policy is not None else ():
+        setattr(policy, name, _timed(getattr(policy, name), spent))
+    return spent
+
+
+def _timed(call: Callable[..., Any], spent: list[int]) -> Callable[..., Any]:
+    def timed(*args: Any) -> Any:
+        started = time.perf_counter_ns()
+        try:
+            return call(*args)
+        finally:
+            spent.append(time.perf_counter_ns() - started)
+
+    return timed
+
+
 def _decoding(
     engine: Engine,
     spent: StatsSnapshot,
     disk: tuple[float, float],
     memory: tuple[float, float],
+    policy_us: float,
 ) -> Decoding:
     expert_bytes = model_sizes(engine.file, engine.model_config).expert_bytes
     n = spent.n_tokens_generated
@@ -144,6 +175,8 @@ def _decoding(
         hit_share=spent.hit_share,
         loaded_share=spent.loaded_share,
         on_host_share=spent.on_host_share,
+        substituted_share=spent.substituted_share,
+        policy_us=policy_us,
         missed_bytes=missed / n,
         read_bytes=sum(spent.bytes_read) / n,
         read_gb_per_s=spent.read_gb_per_s,

@@ -86,7 +86,7 @@ class Evaluation:
     divergence: Divergence
     run: RunCost
     base: RunCost
-    policy: str  # EngineConfig.buddy of the run, as the next two
+    policy: str  # that was used, BUDDY_OFF where nobody could stand in
     buddy_budget: float
     buddy_min_rank: int
     moe_cache_slots: int  # of the layer that has the fewest; 0 = no cache

@@ -7,6 +7,8 @@ import math
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
+
 from quant.gguf_file import GGUFFile
 from runner.buddies import BuddyTable, PolicyEstimate, default_path, model_hash
 from runner.config import (
@@ -25,13 +27,14 @@ from runner.standins.make_policy import NEEDS_PROFILE, PolicySettings, make_poli
 _WITHOUT_PROFILE = "router"
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class ChosenPolicy:
     """The policy of a run, and what the user should know of it."""
 
     policy: BuddyPolicy | None  # None: nobody stands in
     profile: str = ""  # the file that it was made with
     notes: tuple[str, ...] = ()
+    uses: np.ndarray | None = None  # (n_layer, n_expert) of experts, by the profile
 
     @property
     def name(self) -> str:
@@ -65,7 +68,8 @@ def choose_policy(
     Raises OptionError, or ProfileError when the profile cannot be used.
     """
     check_settings(config)
-    if config.buddy == BUDDY_OFF or config.buddy_budget == 0.0 or not n_slots:
+    has_misses = bool(n_slots) and min(n_slots) < model.n_expert
+    if config.buddy == BUDDY_OFF or config.buddy_budget == 0.0 or not has_misses:
         return ChosenPolicy(None)
     path = _profile_path(config, file)
     table = None
@@ -78,7 +82,8 @@ def choose_policy(
         )
     settings, notes = _settings(config, table, n_slots)
     policy = make_policy(settings, model.n_layer, table)
-    return ChosenPolicy(policy, str(path) if path is not None else "", notes)
+    uses = table.uses if table is not None else None
+    return ChosenPolicy(policy, str(path) if path is not None else "", notes, uses)
 
 
 def _profile_path(config: EngineConfig, file: GGUFFile) -> Path | None:
