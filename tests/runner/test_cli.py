@@ -319,6 +319,21 @@ def test_the_loading_bar_needs_only_stderr_to_be_a_terminal() -> None:
     assert "reading weights" in err.getvalue()
 
 
+def engines_asked_for(arguments: list[str], twins: dict[str, str]) -> list[EngineConfig]:
+    """The settings that a command loads its model with."""
+    seen: list[EngineConfig] = []
+
+    class Watched(ScriptedClient):
+        def load(self, path: object, config: Any, template: Any, on_progress: Any) -> ModelInfo:
+            seen.append(config)
+            return super().load(path, config, template, on_progress)
+
+    with mock.patch.object(command_line, "ScriptedClient", Watched):
+        done = buddyrun(*arguments, BUDDYRUN_THREADS="0", **twins)
+    assert done.returncode == 0, done.stderr
+    return seen
+
+
 @pytest.mark.parametrize(
     ("arguments", "twins", "expected"),
     [
@@ -337,7 +352,11 @@ def test_the_loading_bar_needs_only_stderr_to_be_a_terminal() -> None:
                 moe_miss="host",
             ),
         ),
-        (["--verify-every", "64"], {}, EngineConfig(verify_every=64)),
+        (
+            ["--buddy-budget", "5%", "--buddy-min-rank", "1", "--verify-every", "64"],
+            {"BUDDYRUN_BUDDY_BUDGET": "0.1", "BUDDYRUN_BUDDY_PROFILE": "off"},
+            EngineConfig(buddy_budget=0.05, buddy_min_rank=1, verify_every=64, buddy_profile="off"),
+        ),
         (
             [],
             {"BUDDYRUN_MOE_CACHE_SLOTS": "2", "BUDDYRUN_MOE_CACHE_POLICY": "static"},
@@ -349,18 +368,28 @@ def test_the_loading_bar_needs_only_stderr_to_be_a_terminal() -> None:
 def test_flags_about_experts_and_their_twins_reach_the_engine(
     command: list[str], arguments: list[str], twins: dict[str, str], expected: EngineConfig
 ) -> None:
-    seen: list[EngineConfig] = []
-
-    class Watched(ScriptedClient):
-        def load(self, path: object, config: Any, template: Any, on_progress: Any) -> ModelInfo:
-            seen.append(config)
-            return super().load(path, config, template, on_progress)
-
     model = [] if command[0] == "demo" else ["-m", str(DEMO)]
-    with mock.patch.object(command_line, "ScriptedClient", Watched):
-        done = buddyrun(*command, *model, *arguments, BUDDYRUN_THREADS="0", **twins)
-    assert done.returncode == 0, done.stderr
-    assert replace(seen[0], n_ctx=0) == expected
+    seen = engines_asked_for([*command, *model, *arguments], twins)
+    assert replace(seen[0], n_ctx=0) == replace(expected, buddy="auto")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "twins", "expected"),
+    [
+        ([], {}, "auto"),
+        (["--buddy", "off"], {}, "off"),
+        (["--exact"], {}, "off"),
+        (["--exact", "--buddy", "router"], {}, "off"),
+        (["--buddy", "prior"], {"BUDDYRUN_BUDDY": "router"}, "prior"),
+        ([], {"BUDDYRUN_BUDDY": "router"}, "router"),
+        ([], {"BUDDYRUN_BUDDY": "router", "BUDDYRUN_EXACT": "1"}, "off"),
+    ],
+)
+def test_exact_beats_every_policy(
+    arguments: list[str], twins: dict[str, str], expected: str
+) -> None:
+    seen = engines_asked_for(["run", "-p", "hi", "-m", str(DEMO), *arguments], twins)
+    assert [config.buddy for config in seen] == [expected]
 
 
 def test_help_has_a_section_on_experts_that_explains_sizes() -> None:
