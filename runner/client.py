@@ -18,6 +18,7 @@ from runner.protocol import (
     BenchFields,
     BenchSample,
     BenchTest,
+    FrontierFields,
     GenerateFields,
     GenerateResult,
     LoadFields,
@@ -30,8 +31,12 @@ from runner.protocol import (
     TextPiece,
 )
 from runner.quality.evaluation import Evaluation, RunProgress, WindowDone
+from runner.quality.frontier import FrontierBase, FrontierPoint
 
-LAST_REPLIES = ("loaded", "done", "bench_done", "perplexity_done", "profile_done", "stats", "error")
+LAST_REPLIES = (
+    "loaded", "done", "bench_done", "perplexity_done", "profile_done", "frontier_done", "stats",
+    "error",
+)  # fmt: skip
 _ENVELOPE = ("type", "id")  # of every message
 POLL_S = 0.5  # Windows lets Ctrl-C through only between waits
 
@@ -161,6 +166,27 @@ class Client:
                 result = protocol.parse(ProfileResult, reply["result"])
         assert result is not None
         return result
+
+    def frontier(
+        self, wanted: FrontierFields, on_progress: OnProgress | None = None
+    ) -> Iterator[RunProgress | FrontierBase | FrontierPoint]:
+        """Judge many settings by one exact run of the same file: what that cost, then every point.
+        No model is loaded after it. `on_progress` as for `load`. Raises CancelledError after
+        `cancel`."""
+        model = Path(wanted.model).absolute()
+        self._loaded = None
+        self._circumstances = Circumstances.now(model)
+        for reply in self._run_job("frontier", replace(wanted, model=str(model))):
+            body = {name: value for name, value in reply.items() if name not in _ENVELOPE}
+            match reply["type"]:
+                case "progress" if on_progress is not None:
+                    on_progress(reply["stage"], reply["done"], reply["total"])
+                case "run_progress":
+                    yield protocol.parse(RunProgress, body)
+                case "frontier_base":
+                    yield protocol.parse(FrontierBase, body)
+                case "frontier_point":
+                    yield protocol.parse(FrontierPoint, body)
 
     def stats(self) -> dict[str, Any]:
         """The engine's counters now, also while it computes."""

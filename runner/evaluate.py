@@ -25,7 +25,7 @@ from runner.protocol import PerplexityFields
 from runner.quality.base_run import BaseRun, Window, check_room
 from runner.quality.divergence import Scores, Softmax, perplexity
 from runner.quality.evaluation import Evaluation, RunCost, RunProgress, WindowDone
-from runner.standins.choose_policy import choose_policy
+from runner.standins.choose_policy import check_settings, choose_policy
 from runner.stats import StatsSnapshot, share
 from runner.tokenizer import Tokenizer
 
@@ -50,18 +50,29 @@ def evaluate(wanted: PerplexityFields, listeners: Listeners = _NOBODY) -> Evalua
 
     Raises BuddyrunError, first for what is known without loading; CancelledError.
     """
+    config = wanted.engine
+    windows = prepare(wanted, [config])
+    with record_base(wanted.model, config, windows, listeners) as base:
+        evaluation = compare(base, config, listeners)
+    return replace(evaluation, texts=tuple(text.name for text in wanted.texts))
+
+
+def prepare(wanted: PerplexityFields, runs: Sequence[EngineConfig]) -> list[list[int]]:
+    """The windows of the texts, after a look at what the runs need, so that problems are told
+    before the exact run. Raises BuddyrunError."""
     config = replace(wanted.engine, n_ctx=wanted.engine.n_ctx or DEFAULT_N_CTX)
     with GGUFFile.open(wanted.model) as file:
         model = read_model(file)
         choose_limits(config, model)
-        choose_policy(config, file, model, (model.n_expert_used,))  # told before the exact run
+        for run in runs:
+            check_settings(run)
+        for run in {run.buddy: run for run in runs}.values():
+            choose_policy(run, file, model, (model.n_expert_used,))
         first_part = file.paths[0]
     with Tokenizer(first_part) as tokenizer:
         windows = windows_of_texts(wanted, tokenizer, config.n_ctx)
         check_room(sum(len(window) - 1 for window in windows), tokenizer.n_vocab)
-    with record_base(wanted.model, config, windows, listeners) as base:
-        evaluation = compare(base, config, listeners)
-    return replace(evaluation, texts=tuple(text.name for text in wanted.texts))
+    return windows
 
 
 def windows_of_texts(wanted: PerplexityFields, tokenizer: Tokenizer, n_ctx: int) -> list[list[int]]:

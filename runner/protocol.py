@@ -10,6 +10,7 @@ Requests, client to worker
     bench     {tests: [{n_prompt, n_gen}], repetitions, text: text}
     perplexity {PerplexityFields fields}       needs no loaded model, and leaves none
     profile   {ProfileFields fields}           the same
+    frontier  {FrontierFields fields}          the same
     stats     {}
     cancel    {target: id}                     ends a running job; no reply
     shutdown  {}                               no reply; the worker exits with status 0
@@ -23,10 +24,13 @@ Replies, worker to client
     done             {result: {GenerateResult fields}}           ends generate
     bench_result     {BenchSample fields}                        after every test
     bench_done       {}                                          ends bench
-    run_progress     {RunProgress fields}                        during a run of perplexity
+    run_progress     {RunProgress fields}              during a run of perplexity or frontier
     window_done      {number: int, divergence: {Divergence fields}}   of the second run's windows
     perplexity_done  {evaluation: {Evaluation fields}}           ends perplexity
     profile_done     {result: {ProfileResult fields}}            ends profile
+    frontier_base    {FrontierBase fields}                       after the exact run of frontier
+    frontier_point   {FrontierPoint fields}                      after every other run
+    frontier_done    {}                                          ends frontier
     stats            {snapshot: {StatsSnapshot fields}}          ends stats
     error            {kind: class name in runner.errors, message: text}   ends any request
 
@@ -46,11 +50,19 @@ from typing import Any, TypeVar, get_args, get_origin, get_type_hints
 
 from runner.config import EngineConfig, GenerateRequest
 from runner.errors import OptionError
+from runner.quality.evaluation import RunProgress, WindowDone
+from runner.quality.frontier import FrontierBase, FrontierPoint, FrontierSetting
 
 Message = dict[str, Any]
 Fields = TypeVar("Fields")
 
 MAX_MESSAGE_BYTES = 64 << 20
+EVENT_TYPES: Mapping[type, str] = {  # what jobs that judge runs tell meanwhile
+    RunProgress: "run_progress",
+    WindowDone: "window_done",
+    FrontierBase: "frontier_base",
+    FrontierPoint: "frontier_point",
+}
 
 
 @dataclass(frozen=True)
@@ -172,6 +184,17 @@ class PerplexityFields:
     texts: tuple[NamedText, ...]
     engine: EngineConfig = field(default_factory=EngineConfig)  # n_ctx is that of a window
     max_windows: int = 0  # of each text; 0 = all
+    max_tokens: int = 0  # of each text, from its start; 0 = all
+
+
+@dataclass(frozen=True)
+class FrontierFields:
+    """The body of a frontier message: the settings that are compared, and on which texts."""
+
+    model: str
+    texts: tuple[NamedText, ...]
+    points: tuple[FrontierSetting, ...]
+    engine: EngineConfig = field(default_factory=EngineConfig)  # n_ctx is that of a window
     max_tokens: int = 0  # of each text, from its start; 0 = all
 
 

@@ -12,11 +12,13 @@ from runner.config import EngineConfig, GenerateRequest
 from runner.engine import Engine
 from runner.errors import CancelledError, OptionError, TemplateError
 from runner.evaluate import Listeners, evaluate
+from runner.frontier import FrontierEvent, measure_frontier
 from runner.model_sizes import ModelSizes, model_sizes
 from runner.profile import make_profile
 from runner.protocol import (
     BenchSample,
     BenchTest,
+    FrontierFields,
     GenerateResult,
     ModelInfo,
     PerplexityFields,
@@ -152,6 +154,20 @@ class Session:
         """
         self.close()
         return make_profile(wanted, on_progress, cancelled)
+
+    def frontier(
+        self,
+        wanted: FrontierFields,
+        on_progress: Callable[[str, int, int], None],
+        emit: Callable[[FrontierEvent], None],
+        cancelled: Cancelled,
+    ) -> None:
+        """Emit what policies and budgets cost and bring; no model is loaded after it.
+
+        Raises BuddyrunError, CancelledError.
+        """
+        self.close()
+        measure_frontier(wanted, on_progress, emit, cancelled)
 
     def _loaded(self) -> LoadedModel:
         if self._model is None:

@@ -32,6 +32,7 @@ from runner.process.worker_home import Home, accept, announce
 from runner.protocol import (
     BenchSample,
     BenchTest,
+    FrontierFields,
     GenerateResult,
     Message,
     ModelInfo,
@@ -40,9 +41,10 @@ from runner.protocol import (
     ProfileResult,
 )
 from runner.quality.evaluation import Evaluation, RunProgress, WindowDone
+from runner.quality.frontier import FrontierBase, FrontierPoint
 
 CLIENT_WAIT_S = 60.0  # a worker that nobody has called for so long exits
-JOBS = ("load", "generate", "bench", "perplexity", "profile")
+JOBS = ("load", "generate", "bench", "perplexity", "profile", "frontier")
 
 Cancelled = Callable[[], bool]
 
@@ -86,6 +88,14 @@ class SessionLike(Protocol):
         on_progress: Callable[[str, int, int], None],
         cancelled: Cancelled,
     ) -> ProfileResult: ...
+
+    def frontier(
+        self,
+        wanted: FrontierFields,
+        on_progress: Callable[[str, int, int], None],
+        emit: Callable[[RunProgress | FrontierBase | FrontierPoint], None],
+        cancelled: Cancelled,
+    ) -> None: ...
 
     def snapshot(self) -> object: ...
 
@@ -219,6 +229,9 @@ class Desk:
                 return {"type": "perplexity_done", "evaluation": self._perplexity(job)}
             case "profile":
                 return {"type": "profile_done", "result": self._profile(job)}
+            case "frontier":
+                self._frontier(job)
+                return {"type": "frontier_done"}
             case _:
                 self._bench(job)
                 return {"type": "bench_done"}
@@ -264,17 +277,27 @@ class Desk:
     def _perplexity(self, job: Job) -> Evaluation:
         assert self.session is not None
         wanted = protocol.parse(PerplexityFields, _body(job.message))
+        return self.session.perplexity(
+            wanted, self._load_progress(job), self._run_events(job), job.cancelled.is_set
+        )
 
-        def emit(event: RunProgress | WindowDone) -> None:
-            kind = "window_done" if isinstance(event, WindowDone) else "run_progress"
-            self._reply(job, {"type": kind, **vars(event)})
+    def _run_events(self, job: Job) -> Callable[[object], None]:
+        def emit(event: object) -> None:
+            self._reply(job, {"type": protocol.EVENT_TYPES[type(event)], **vars(event)})
 
-        return self.session.perplexity(wanted, self._load_progress(job), emit, job.cancelled.is_set)
+        return emit
 
     def _profile(self, job: Job) -> ProfileResult:
         assert self.session is not None
         wanted = protocol.parse(ProfileFields, _body(job.message))
         return self.session.profile(wanted, self._load_progress(job), job.cancelled.is_set)
+
+    def _frontier(self, job: Job) -> None:
+        assert self.session is not None
+        wanted = protocol.parse(FrontierFields, _body(job.message))
+        self.session.frontier(
+            wanted, self._load_progress(job), self._run_events(job), job.cancelled.is_set
+        )
 
     # both threads
 
