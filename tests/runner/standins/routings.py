@@ -61,7 +61,7 @@ def routings(draw: st.DrawFn) -> Routing:
     n_tokens, n_expert = draw(st.just(1) | st.integers(2, 40)), draw(st.integers(2, 16))
     rng = draw(rngs)
     scores = rng.integers(-9, 10, (n_tokens, n_expert)) * draw(st.sampled_from([0.1, 0.5, 60.0]))
-    share = draw(st.sampled_from([0.5, 0.3, 0.7, 0.0, 1.0]))
+    share = draw(st.sampled_from([0.5, 0.5, 0.3, 0.7, 0.7, 0.0, 1.0]))
     residents = tuple(np.flatnonzero(rng.random(n_expert) < share).tolist())
     routing = routed(scores, residents, draw(st.integers(1, min(4, n_expert))))
     return replace(routing, weights=np.nextafter(routing.weights, np.float32(0.0)))
@@ -74,8 +74,8 @@ def gates(draw: st.DrawFn, n_tokens: int) -> Gate:
     falling = (steps - 0.1).cumsum()
     constant = np.full(n_tokens, 2 * steps[0])
     allowance = draw(st.sampled_from([None, constant, steps, steps.cumsum(), falling]))
-    max_weight = draw(st.sampled_from([1.0, 0.5, 0.3, 0.0]))
-    return Gate(max_weight, draw(st.sampled_from([1, 2, 3])), allowance)
+    max_weight = draw(st.sampled_from([1.0, 1.0, 1.0, 0.5, 0.3, 0.0]))
+    return Gate(max_weight, draw(st.sampled_from([1, 1, 2, 3])), allowance)
 
 
 @st.composite
@@ -100,7 +100,7 @@ def situations(draw: st.DrawFn) -> Situation:
     return Situation(
         routing,
         draw(gates(n_tokens)),
-        draw(st.sampled_from([0.1, 0.3, 1.0, 4.0, 0.0])),
+        draw(st.sampled_from([0.3, 0.5, 1.0, 4.0, 0.1, 0.0])),
         rng.integers(0, 5, (n_expert, n_expert)).astype(np.float32) / 4,
         buddy_lists(counts, 0.9, n_expert - 1, rng.integers(0, 3, n_expert).astype(float)),
         parameters,

@@ -37,7 +37,7 @@ def after_prior(name: str) -> Policy:
 
 PRIOR_THEN = {f"prior, then {name}": after_prior(name) for name in SUBSTITUTING}
 POLICIES: dict[str, Policy] = SUBSTITUTING | SELECTING | PRIOR_THEN
-SOME = settings(max_examples=150, deadline=None, derandomize=True)
+SOME = settings(max_examples=250, deadline=None, derandomize=True)
 
 
 def bits(weights: np.ndarray) -> bytes:
