@@ -14,40 +14,31 @@ import numpy as np
 
 from quant.ggml import Backend
 from quant.gguf_file import GGUFFile
-from runner import context_shift, loading, miss_policy
+from runner import loading, miss_policy
 from runner.batch_graph import BatchGraph
 from runner.checks.file_check import check_unchanged
 from runner.checks.read_model import read_model
 from runner.config import EngineConfig
 from runner.device_state import BatchShape
 from runner.engine_limits import choose_limits
-from runner.errors import CancelledError, ContextFullError, OptionError
+from runner.errors import CancelledError
 from runner.experts.cache_plan import plan_cache
 from runner.experts.expert_runner import ExpertRunner
 from runner.experts.miss_planner import MissPlanner
 from runner.graph_cache import GraphCache
 from runner.hardware import available_memory_bytes
 from runner.kv_cache import padded_context
+from runner.layer_trace import LayerTrace, trace_of
 from runner.miss_policy import RoutingPlan
 from runner.model_sizes import model_sizes
 from runner.quality.quality_meter import QualityMeter
 from runner.quality.verifier import Verifier
 from runner.standins.choose_policy import choose_policy
 from runner.stats import StatsRecorder, StatsSnapshot
+from runner.text_context import TextContext
 
 Progress = Callable[[str, int, int], None]
 Cancelled = Callable[[], bool]
-
-
-@dataclass(frozen=True)
-class LayerTrace:
-    """What one layer's router saw and did with n tokens."""
-
-    expert_ids: np.ndarray  # (n, n_expert_used) int32, best first
-    weights: np.ndarray  # (n, n_expert_used) float32
-    scores: np.ndarray  # (n, n_expert) float32, the router's logits
-    ffn_input: np.ndarray  # (n, n_embd) float32, what the experts get
-    residual_power: np.ndarray  # (n,) float32, square of the residual stream's norm there
 
 
 @dataclass(frozen=True)
@@ -111,7 +102,7 @@ class Engine:
             self._planner = self._make_planner()
             self._experts = self._make_runner()
             self._owned = owned.pop_all()
-        self._tokens: list[int] = []  # what the KV cache holds, in order
+        self._context = TextContext(self._parts, limits.n_ctx, config.n_keep, config.context_shift)
         self._meter = QualityMeter()
         self._verifier: Verifier | None = None
         if self._budget is not None and config.verify_every:
@@ -157,7 +148,7 @@ class Engine:
     @property
     def n_past(self) -> int:
         """Tokens in the context."""
-        return len(self._tokens)
+        return len(self._context.tokens)
 
     @property
     def device_name(self) -> str:
@@ -196,7 +187,7 @@ class Engine:
         """
         check_unchanged(self.file)
         try:
-            logits = self.prefill(self._fit(list(tokens)), cancelled, on_prompt)
+            logits = self.prefill(self._context.fit(list(tokens)), cancelled, on_prompt)
             self._meter.begin()
             n_made = 0
             while n_predict < 0 or n_made < n_predict:
@@ -212,7 +203,7 @@ class Engine:
                     return
                 if cancelled():
                     raise CancelledError
-                if self.n_past >= self.n_ctx and not self._make_room():
+                if self._context.is_full and not self._context.make_room():
                     yield Step(-1, "context")
                     return
                 logits = self._decode_and_verify(token, cancelled)
@@ -230,7 +221,7 @@ class Engine:
         on_prompt(done, total, n_cached) after every batch. Raises CancelledError; what was
         computed until then stays in the cache.
         """
-        n_cached = self._reuse(tokens)
+        n_cached = self._context.reuse(tokens)
         logits = np.empty(0, np.float32)
         on_prompt(n_cached, len(tokens), n_cached)
         self.backend.set_n_threads(self._limits.n_threads_batch)
@@ -291,7 +282,7 @@ class Engine:
 
     def reset(self) -> None:
         """Empty the context."""
-        self._truncate(0)
+        self._context.truncate(0)
 
     def _run(
         self,
@@ -302,16 +293,15 @@ class Engine:
     ) -> np.ndarray:
         """Append a batch; returns the last token's logits, none where `on_layer` traces it."""
         start_ns = time.perf_counter_ns()
-        position, kv = self.n_past, self._parts.kv
+        position = self.n_past
         passes_ns, wait_ns = self._passes_and_wait_ns()
-        cells = kv.cells.take(position, len(tokens))
         try:
-            kv.clear_visible()
+            cells = self._context.take(len(tokens))
             logits, plans, compute_ns = self._compute(tokens, position, cells, cancelled, on_layer)
         except BaseException:
-            kv.truncate(position)  # what was not finished was not read
+            self._context.truncate(position)  # what was not finished was not read
             raise
-        self._tokens += tokens
+        self._context.append(tokens)
         total_ns = time.perf_counter_ns() - start_ns
         passes_after_ns, wait_after_ns = self._passes_and_wait_ns()
         compute_ns += passes_after_ns - passes_ns
@@ -364,7 +354,7 @@ class Engine:
                 continue
             expert_ids = graph.route(layer)
             if on_layer is not None:
-                on_layer(layer, _trace_of(graph, expert_ids))
+                on_layer(layer, trace_of(graph, expert_ids))
                 if layer == self.model_config.n_layer - 1:
                     break  # a trace ends with the last router
             if experts is None:  # every expert's slot has its number, as the router wrote it
@@ -376,61 +366,3 @@ class Engine:
     def _passes_and_wait_ns(self) -> tuple[int, int]:
         wait_ns = self._experts.wait_ns if self._experts is not None else 0
         return self._graphs.passes.compute_ns, wait_ns
-
-    # the context
-
-    def _reuse(self, tokens: Sequence[int]) -> int:
-        """Keep the cache of the common beginning; at least one token is left to compute."""
-        n = 0
-        for mine, wanted in zip(self._tokens, tokens[:-1], strict=False):
-            if mine != wanted:
-                break
-            n += 1
-        self._truncate(n)
-        return n
-
-    def _truncate(self, n_past: int) -> None:
-        self._parts.kv.truncate(n_past)
-        del self._tokens[n_past:]
-
-    def _fit(self, tokens: list[int]) -> list[int]:
-        """The prompt as it can be computed: itself, or without its oldest part if shifting."""
-        if not tokens:
-            raise OptionError("the prompt is empty: there is nothing to continue")
-        if len(tokens) < self.n_ctx:
-            return tokens
-        if self.config.context_shift:
-            return context_shift.without_oldest(tokens, self.n_ctx, self._n_keep)
-        raise ContextFullError(
-            f"the prompt has {len(tokens)} tokens and the context holds {self.n_ctx}, one of them "
-            "for the answer: a larger -c makes more room"
-        )
-
-    @property
-    def _n_keep(self) -> int:
-        """Tokens that a shift keeps: the first, on which attention leans, and --keep more."""
-        return min(1 + self.config.n_keep, self.n_ctx - 2)
-
-    def _make_room(self) -> bool:
-        """Drop the oldest half of the context if the user allows it."""
-        if not self.config.context_shift:
-            return False
-        n_keep = self._n_keep
-        n_discard = (self.n_ctx - n_keep) // 2
-        try:
-            context_shift.rotate_keys(self._parts, self._parts.kv.cells.shift(n_keep, n_discard))
-        except BaseException:
-            self.reset()  # keys and positions no longer agree
-            raise
-        del self._tokens[n_keep : n_keep + n_discard]
-        return True
-
-
-def _trace_of(graph: BatchGraph, expert_ids: np.ndarray) -> LayerTrace:
-    return LayerTrace(
-        expert_ids.copy(),
-        graph.router_weights().copy(),
-        graph.router_scores().copy(),
-        graph.ffn_input().copy(),
-        np.square(graph.residual()).sum(axis=1),
-    )

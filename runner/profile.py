@@ -18,9 +18,10 @@ from runner.buddies import BuddyTable, PolicyEstimate, model_hash
 from runner.checks.file_check import check_unchanged
 from runner.checks.read_model import read_model
 from runner.config import BUDDY_OFF, EngineConfig
-from runner.engine import Engine, LayerTrace
+from runner.engine import Engine
 from runner.errors import CancelledError, ProfileError
 from runner.hardware import available_memory_bytes, n_cores
+from runner.layer_trace import LayerTrace
 from runner.model_config import ModelConfig
 from runner.profiling import statistics
 from runner.profiling.calibration import CONTEXT_TOKENS, Calibration, calibrate

@@ -10,9 +10,10 @@ from gguf import GGMLQuantizationType as T
 
 from runner.batch_graph import BatchGraph, BatchShape
 from runner.config import EngineConfig
-from runner.engine import Engine, LayerTrace
+from runner.engine import Engine
 from runner.errors import BackendError, CancelledError, ContextFullError, OptionError
 from runner.graph_cache import GraphCache
+from runner.layer_trace import LayerTrace
 from tests.conftest import FILE_TYPES
 from tests.llama_cpp_oracle import LlamaCpp, mean_kl
 from tests.numpy_oracle import numpy_logits
@@ -359,7 +360,7 @@ def test_a_context_shift_drops_the_oldest_half_and_goes_on(demo_path) -> None:
     prompt = [0, *range(300, 500)]
     steps = list(engine.generate(prompt, lambda x: int(x.argmax()), 120, lambda token: False))
     assert len(steps) == 120 and steps[-1].stop_reason == "length"
-    kept = list(engine._tokens)
+    kept = list(engine._context.tokens)
     # The first token and 4 more stay, then half of the other 251 is gone.
     assert kept[:5] == prompt[:5] and kept[5] == prompt[5 + 125]
     ours = engine.decode(300).copy()
@@ -385,7 +386,7 @@ def test_shifted_keys_equal_keys_computed_at_the_new_positions(rope, tmp_path: P
     engine, fresh = Engine(path, config), Engine(path, config)
     tokens = [1, *range(259, 319)] * 4
     engine.prefill(tokens)
-    assert engine._make_room()
+    assert engine._context.make_room()
     fresh.prefill(tokens[:8] + tokens[8 + 124 :])
     # In one layer K and V depend on the token alone, so nothing but rounding may differ.
     assert np.allclose(engine.decode(300), fresh.decode(300), atol=0.02)
@@ -402,7 +403,7 @@ def test_a_shift_that_fails_leaves_an_empty_context(demo_path, monkeypatch) -> N
 
     monkeypatch.setattr("runner.context_shift.rotate_keys", fail)
     with pytest.raises(BackendError):
-        engine._make_room()
+        engine._context.make_room()
     seen = []
     engine.prefill([0, 300, 301], on_prompt=lambda *n: seen.append(n))
     assert seen == [(0, 3, 0), (3, 3, 0)]
@@ -413,8 +414,8 @@ def test_a_prompt_too_long_for_a_shifting_context_loses_its_oldest_part(demo_pat
     engine = Engine(demo_path, EngineConfig(n_threads=1, n_ctx=64, context_shift=True, n_keep=2))
     prompt = [0, *range(300, 450)]
     list(engine.generate(prompt, np.argmax, 1, lambda token: False))
-    assert engine._tokens[:3] == prompt[:3]
-    assert engine._tokens[-10:] == prompt[-10:]
+    assert engine._context.tokens[:3] == prompt[:3]
+    assert engine._context.tokens[-10:] == prompt[-10:]
     assert 32 <= engine.n_past < 64
     engine.close()
 

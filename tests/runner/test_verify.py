@@ -83,7 +83,7 @@ def bookkeeping(engine: Engine) -> list[Any]:
     uses = (table.last_used, table.frequency, table.n_uses, np.array(table._n_tokens))
     return [
         engine.n_past,
-        list(engine._tokens),
+        list(engine._context.tokens),
         kv.cells.positions.tolist(),
         (kv.cells.n_used, kv._n_cleared),
         [array.tolist() for array in uses],
@@ -246,7 +246,7 @@ def test_a_cell_in_a_gap_that_a_context_shift_left_is_put_back_as_well() -> None
         for engine in (plain, verified, reference):
             engine.prefill(prompt)
             engine.decode(700)
-            assert engine._make_room()
+            assert engine._context.make_room()
         copy_kv(verified, reference)
         cells = verified._parts.kv.cells
         plain.decode(901)
