@@ -15,7 +15,7 @@ from runner.standins.routing import Choice, Gate, Routing
 from runner.standins.substitution import exact
 
 NOBODY = -1  # in the place of the kept expert: all of the token's pairs are given away
-_SMALLEST = 1e-12  # of a determinant, relative: experts that are multiples of each other
+_SMALLEST = 1e-5  # of a determinant, relative: below it float32 cannot tell two experts apart
 
 
 @dataclass(frozen=True)
@@ -45,18 +45,15 @@ class LayerBlend:
     def _make(self, e: int, o: int) -> BlendRow:
         """The normal equations of f_e ~ x f_o + y f_b, for every b at once."""
         g = self.gram.astype(np.float64)
-        bb, eb = np.diag(g), g[e]
-        if o == NOBODY:
-            x, y = np.zeros(len(g)), eb / bb
-            left = g[e, e] - y * eb
-        else:
-            ob = g[o]
-            determinant = g[o, o] * bb - ob * ob
-            is_apart = determinant > _SMALLEST * g[o, o] * bb
-            determinant = np.where(is_apart, determinant, 1.0)
-            y = np.where(is_apart, (g[o, o] * eb - ob * g[o, e]) / determinant, 0.0)
-            x = np.where(is_apart, (bb * g[o, e] - ob * eb) / determinant, g[o, e] / g[o, o])
-            left = g[e, e] - x * g[o, e] - y * eb
+        bb, eb, nothing = np.diag(g), g[e], np.zeros(len(g))
+        oo, ob, oe = (g[o, o], g[o], g[o, e]) if o != NOBODY else (0.0, nothing, 0.0)
+        if oo == 0.0:  # what puts out nothing is orthogonal to everything
+            oo, ob, oe = 1.0, nothing, 0.0
+        determinant = oo * bb - ob * ob
+        is_apart = determinant > _SMALLEST * oo * bb
+        y = np.divide(oo * eb - ob * oe, determinant, out=nothing.copy(), where=is_apart)
+        x = (oe - y * ob) / oo
+        left = g[e, e] - x * oe - y * eb
         harm = np.maximum(left, 0.0) / self.power
         return BlendRow(harm.tolist(), x.tolist(), y.tolist())
 
