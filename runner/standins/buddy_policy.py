@@ -48,7 +48,7 @@ class BuddyPolicy:
         self._wanted = float(cost.sum()) if cost is not None else 0.0
         if cost is None or not self.is_bounded:
             return choice
-        allowance = self.budget.allowance(layer)
+        allowance = self.budget.allowance(layer, len(cost))
         if (cost.cumsum() <= allowance).all():
             return choice
         gate = Gate(min_rank=self._min_rank, allowance=allowance)
@@ -64,7 +64,7 @@ class BuddyPolicy:
     def end(self) -> None:
         """The batch is finished."""
         self.budget.end()
-        self.opening.follow(self.budget.share_of(self._demand, self._n_tokens), self._n_tokens)
+        self.opening.follow(self.budget.share_of(self._demand), self._n_tokens)
 
 
 def _given_weight(routing: Routing, choice: Choice) -> np.ndarray | None:

@@ -1,8 +1,9 @@
 """How much of the router's weight stand-ins may carry. Knows no policy and no expert.
 
-Every MoE layer gives each token a weight of 1, shared among its experts. The share that went to
-others than the router chose stays under a budget over every window of the last tokens; how it is
-best spent is learnt on the way (`Opening`).
+Every MoE layer gives each token a weight of 1, shared among its experts; but in the last layer
+only the last token of a batch goes on to the experts. The share that went to others than the
+router chose stays under a budget over every window of the last tokens; how it is best spent is
+learnt on the way (`Opening`).
 """
 
 import math
@@ -10,7 +11,7 @@ from collections import deque
 
 import numpy as np
 
-WINDOW = 256  # tokens; of a longer batch the window is the batch
+WINDOW = 256  # tokens; a longer batch may spend what so many tokens may
 _SMALLEST_OPENING = 1e-3
 _GAIN = 0.02  # how fast the opening follows the budget, per token
 
@@ -22,52 +23,57 @@ class Budget:
         """share: at most this part of the weight, 0 to 1; n_layer: layers with experts."""
         self.share = share
         self._n_layer = n_layer
-        self._history: deque[float] = deque(maxlen=WINDOW)  # per token, oldest first
+        self._history: deque[tuple[int, float]] = deque(maxlen=WINDOW)  # weight and spent of each
         self._spent = np.zeros(0)  # (n_tokens,), of the batch so far
         self._before = np.zeros(0)  # (n_tokens,), left by the tokens before the batch
 
     @property
     def spent_share(self) -> float:
         """The part of the last tokens' weight that stand-ins carried."""
-        n = len(self._history)
-        return sum(self._history) / (n * self._n_layer) if n else 0.0
+        weight = sum(weight for weight, _ in self._history)
+        return sum(spent for _, spent in self._history) / weight if weight else 0.0
 
     def begin(self, n_tokens: int) -> None:
         """A batch comes; what an unfinished one spent is forgotten."""
         self._spent = np.zeros(n_tokens)
-        if n_tokens == 1:  # the usual case, without numpy's cost per call
-            seen = list(self._history)[-(WINDOW - 1) :]
-            self._before = np.array([self.share * self._n_layer * len(seen) - sum(seen)])
-            return
+        every = self._n_layer - 1  # weight that every token has
+        extra = [self.share * (weight - every) - spent for weight, spent in reversed(self._history)]
+        # Later tokens, perhaps without a last layer, push out others that had one. So what the
+        # last layers allow counts only as far as it will not be missing then.
+        least = np.minimum.accumulate(np.cumsum([0.0, *extra]))
         room = np.maximum(0, WINDOW - 1 - np.arange(n_tokens))
         n_seen = np.minimum(len(self._history), room)  # tokens before, in each token's window
-        totals = np.concatenate([[0.0], np.cumsum(list(reversed(self._history)))])
-        self._before = self.share * self._n_layer * n_seen - totals[n_seen]
+        self._before = self.share * every * n_seen + least[n_seen]
 
-    def allowance(self, layer: int) -> np.ndarray:
-        """What this layer may substitute: tokens 0 to t together at most the t-th, (n_tokens,).
+    def allowance(self, layer: int, n_routed: int) -> np.ndarray:
+        """What this layer may substitute of the batch's last n_routed tokens: the first t + 1 of
+        them together at most the t-th, (n_routed,).
 
         Each layer has the same share; what earlier layers left is there for the later ones.
         """
-        own, n_tokens = self.share * (layer + 1), len(self._spent)
-        allowed: np.ndarray
-        if n_tokens == 1:
-            allowed = self._before + own - self._spent
-        else:
-            allowed = self._before + own * np.arange(1, n_tokens + 1) - np.cumsum(self._spent)
-        return allowed
+        n_tokens, n_layers = len(self._spent), min(layer + 1, self._n_layer - 1)
+        if n_tokens == 1:  # the usual case
+            lone: np.ndarray = self._before + self.share * (layer + 1) - self._spent
+            return lone
+        own = self.share * n_layers * np.minimum(np.arange(1, n_tokens + 1), WINDOW)
+        if layer == self._n_layer - 1:
+            own[-1] += self.share
+        allowed: np.ndarray = self._before + own - np.cumsum(self._spent)
+        return allowed[n_tokens - n_routed :]
 
     def spend(self, weight: np.ndarray) -> None:
-        """Count what a layer substituted of each token, (n_tokens,)."""
-        self._spent += weight
+        """Count what a layer substituted of each of the batch's last tokens, (n_routed,)."""
+        self._spent[len(self._spent) - len(weight) :] += weight
 
     def end(self) -> None:
         """The batch is finished."""
-        self._history.extend(self._spent.tolist())
+        last = len(self._spent) - 1
+        for token, spent in enumerate(self._spent.tolist()):
+            self._history.append((self._n_layer - (token < last), spent))
 
-    def share_of(self, weight: float, n_tokens: int) -> float:
-        """A weight in all layers as a part of all that these tokens have."""
-        return weight / (n_tokens * self._n_layer)
+    def share_of(self, weight: float) -> float:
+        """A weight as a part of all that the batch has."""
+        return weight / (len(self._spent) * (self._n_layer - 1) + 1)
 
 
 class Opening:
