@@ -17,6 +17,7 @@ from runner.terminal import cli_options as options
 from runner.terminal.cli_options import Params
 from runner.terminal.command_group import DefaultGroup, FlagCommand, SectionedCommand
 from runner.terminal.expert_options import EXPERT_FLAGS, EXPERT_PLAN_FLAGS, planned_cache
+from runner.terminal.frontier_options import FRONTIER_FLAGS, flags_without_meaning
 from runner.terminal.perplexity_options import PERPLEXITY_FLAGS
 from runner.terminal.profile_options import PROFILE_FLAGS
 from runner.terminal.terminal_text import visible
@@ -157,9 +158,20 @@ def _show_command(**params: Any) -> None:
 
 
 def _bench_command(**params: Any) -> None:
-    from runner.terminal.bench_command import bench_model
+    from runner.terminal.bench_command import bench_model, bench_texts
 
-    bench_model(_chosen_model(params), params)
+    model = _chosen_model(params)
+    idle = flags_without_meaning(click.get_current_context())
+    if not params["frontier"]:
+        if idle:
+            raise click.UsageError(f"{', '.join(idle)}: only with --frontier.")
+        bench_model(model, params)
+        return
+    if idle:
+        print(f"note: --frontier takes no notice of {', '.join(idle)}", file=sys.stderr)
+    from runner.terminal.frontier_command import measure_frontier
+
+    measure_frontier(model, params, bench_texts(params["texts"], params["text"]))
 
 
 def _perplexity_command(**params: Any) -> None:
@@ -193,6 +205,15 @@ _CHAT_SECTIONS = (
 )
 
 
+_BENCH_SECTIONS = (
+    ("Model", (options.MODEL_FLAG,)),
+    ("Tests", options.BENCH_FLAGS),
+    ("Speed against quality: --frontier, and what goes with it only", FRONTIER_FLAGS),
+    ("Speed", options.THREAD_FLAGS),
+    ("Experts", EXPERT_FLAGS),
+)
+
+
 def _chat_command(name: str, help: str, callback: Any, words: str, flags: Any) -> click.Command:
     sections = (("Model", flags), *_CHAT_SECTIONS) if flags else _CHAT_SECTIONS
     argument = click.Argument(["words"], nargs=-1, metavar=words, type=options.FILE)
@@ -202,6 +223,21 @@ def _chat_command(name: str, help: str, callback: Any, words: str, flags: Any) -
     command.sections = sections
     return command
 
+
+_bench = SectionedCommand(
+    "bench",
+    params=[
+        click.Argument(["word"], required=False, metavar="MODEL", type=options.FILE),
+        *(param for _, section in _BENCH_SECTIONS for param in section),
+        options.VERBOSE_FLAG,
+    ],
+    callback=_bench_command,
+    short_help="Measure the speed of prompts and generation",
+    help="Measure the speed of prompts and generation; columns and fields as llama-bench. With"
+    " --frontier measure speed against quality, of every policy that lets experts stand in for"
+    " missing ones and with every budget.",
+)
+_bench.sections = _BENCH_SECTIONS
 
 commands = DefaultGroup(
     NAME,
@@ -250,20 +286,7 @@ commands = DefaultGroup(
             short_help="Print a model's architecture, types and sizes",
             help="Print a model's architecture, types and sizes.",
         ),
-        FlagCommand(
-            "bench",
-            params=[
-                click.Argument(["word"], required=False, metavar="MODEL", type=options.FILE),
-                options.MODEL_FLAG,
-                *options.BENCH_FLAGS,
-                *options.THREAD_FLAGS,
-                *EXPERT_FLAGS,
-                options.VERBOSE_FLAG,
-            ],
-            callback=_bench_command,
-            short_help="Measure the speed of prompts and generation",
-            help="Measure the speed of prompts and generation; columns and fields as llama-bench.",
-        ),
+        _bench,
         FlagCommand(
             "perplexity",
             params=[

@@ -71,7 +71,7 @@ def choose_policy(
     has_misses = bool(n_slots) and min(n_slots) < model.n_expert
     if config.buddy == BUDDY_OFF or config.buddy_budget == 0.0 or not has_misses:
         return ChosenPolicy(None)
-    path = _profile_path(config, file)
+    path = profile_path(config, file.paths[0])
     table = None
     if path is not None:
         table = BuddyTable.load(path, model_hash(file), model.n_layer, model.n_expert)
@@ -86,12 +86,13 @@ def choose_policy(
     return ChosenPolicy(policy, str(path) if path is not None else "", notes, uses)
 
 
-def _profile_path(config: EngineConfig, file: GGUFFile) -> Path | None:
+def profile_path(config: EngineConfig, model: str | Path) -> Path | None:
+    """The profile that a run of the model reads; None when there is none."""
     if config.buddy_profile == BUDDY_OFF:
         return None
     if config.buddy_profile:
         return Path(config.buddy_profile)
-    path = default_path(file.paths[0])
+    path = default_path(model)
     return path if path.exists() else None
 
 

@@ -1,13 +1,13 @@
 """The command `bench`: runs the tests through the client and prints them as they end."""
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 
 from runner.bench import BenchSetting, format_records, label_of_test, records
 from runner.errors import BuddyrunError, OptionError
-from runner.protocol import BenchSample, BenchTest
+from runner.protocol import BenchSample, BenchTest, NamedText
 from runner.terminal import cli_options as options
 from runner.terminal.chat_view import ChatView
 from runner.terminal.cli_options import Params
@@ -45,6 +45,14 @@ def bench_text(file: str | None) -> tuple[str, str]:
     if not path.is_file():
         raise BuddyrunError(f"this installation lacks {path}; give a text with --text FILE")
     return options.read_text(str(path), "the text"), f"buddyrun's {_DEFAULT_TEXT}"
+
+
+def bench_texts(files: Sequence[str], file: str | None) -> list[NamedText]:
+    """The texts to run and their names; without `files` that of `file`. Raises OptionError."""
+    if not files:
+        text, name = bench_text(file)
+        return [NamedText(name, text)]
+    return [NamedText(Path(name).name, options.read_text(name, "the text")) for name in files]
 
 
 def _with_status(

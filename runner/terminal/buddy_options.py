@@ -18,7 +18,7 @@ from runner.terminal.cli_options import FILE, flag, switch
 _MAX_RANK = 1 << 16
 
 
-class _Share(click.ParamType):  # type: ignore[type-arg]
+class Share(click.ParamType):  # type: ignore[type-arg]
     """A part of a whole: 0.05 or 5%."""
 
     name = "share"
@@ -59,7 +59,7 @@ BUDDY_FLAGS = (
         f" 0.05 or 5%; when it is used up misses are exact. 1 = no limit. Default:"
         f" {_percent(DEFAULT_BUDDY_BUDGET)} with a profile of the model,"
         f" {_percent(BUDGET_WITHOUT_PROFILE)} without.",
-        type=_Share(),
+        type=Share(),
     ),
     flag(
         "--buddy-min-rank",
