@@ -3,6 +3,7 @@
 Knows no engine and computes no divergence.
 """
 
+import math
 import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
@@ -146,7 +147,8 @@ class FrontierRow:
     ) -> float:
         if self.n_seeds == 1:
             return error(self.points[0].evaluation)
-        return statistics.stdev(figure(point.evaluation) for point in self.points)
+        values = [figure(point.evaluation) for point in self.points]
+        return statistics.stdev(values) if all(map(math.isfinite, values)) else math.nan
 
 
 def speed_ratio(evaluation: Evaluation) -> float:

@@ -91,7 +91,7 @@ class FrontierFiles:
     def __init__(self, stem: str) -> None:
         """Raises OptionError for a folder that is not there and for files that are not ours."""
         plain = Path(stem.removesuffix(".json").removesuffix(".svg"))
-        if not plain.name:
+        if plain.name in ("", ".."):
             raise OptionError(f"--frontier-out {stem!r:.200}: a name is needed, like frontier")
         if not plain.parent.is_dir():
             raise OptionError(f"--frontier-out: there is no folder {plain.parent}")

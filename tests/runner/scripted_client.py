@@ -19,6 +19,7 @@ from runner.errors import ContextFullError, WorkerDiedError
 from runner.protocol import (
     BenchSample,
     BenchTest,
+    FrontierFields,
     GenerateResult,
     ModelInfo,
     PerplexityFields,
@@ -26,8 +27,10 @@ from runner.protocol import (
     TextPiece,
 )
 from runner.quality.evaluation import Evaluation, RunProgress, WindowDone
+from runner.quality.frontier import FrontierBase, FrontierPoint
 from tests.runner.chat_fakes import INFO, result
 from tests.runner.evaluation_fakes import EVALUATION
+from tests.runner.frontier_fakes import FRONTIER_BASE
 
 HEAVY = ("llama_cpp", "quant.ggml", "torch", "numpy", "textual", "gguf")
 
@@ -119,6 +122,23 @@ class ScriptedClient:
         evaluation = replace(EVALUATION, policy=wanted.engine.buddy, texts=names)
         yield WindowDone(1, evaluation.divergence)
         yield evaluation
+
+    def frontier(
+        self, wanted: FrontierFields, on_progress: Any = None
+    ) -> Iterator[RunProgress | FrontierBase | FrontierPoint]:
+        on_progress("reading weights", 1, 2)
+        name = os.path.basename(wanted.model)
+        if "die" in name:
+            raise WorkerDiedError("The engine was killed (SIGKILL).")
+        yield RunProgress(True, 1, 4, 2.5)
+        yield replace(FRONTIER_BASE, model=name)
+        for number, setting in enumerate(wanted.points):
+            if "stop" in name and number == 3:
+                os.kill(os.getpid(), signal.SIGINT)
+            if "break" in name and number == 3:
+                raise WorkerDiedError("The engine was killed (SIGKILL).")
+            yield RunProgress(False, 1, 4, 2.6, 0.5)
+            yield FrontierPoint(setting, EVALUATION)
 
     def stats(self) -> dict[str, Any]:
         return {}
