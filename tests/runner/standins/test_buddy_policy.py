@@ -74,8 +74,11 @@ def test_without_a_limit_everything_wanted_is_given_and_counted() -> None:
         policy.begin(1)
         assert [n_given(policy, MISSES_B, layer) for layer in range(2)] == [1, 1]
         policy.end()
-    assert {gate.allowance for _, gate, _ in witness.asked} == {None}
     assert policy.budget.spent_share == pytest.approx(0.4)
+    policy.begin(400)
+    assert n_given(policy, routed(np.repeat(TOKEN, 400, axis=0), (C, D))) == 800
+    policy.end()
+    assert {gate.allowance for _, gate, _ in witness.asked} == {None}
     assert policy.opening.value == 1.0
 
 
@@ -131,6 +134,16 @@ def test_in_the_last_layer_of_a_batch_its_last_token_has_what_all_left() -> None
     assert n_given(policy, MISSES_B, layer=1) == 1, "the others' layers were spent on nothing"
     policy.end()
     assert policy.budget.spent_share == pytest.approx(0.8 / 12)
+
+
+def test_a_token_of_a_batch_does_not_spend_what_later_ones_will_have() -> None:
+    scores = np.concatenate([odds((6, 4, 3, 2)), *[odds((6, 1, 4, 2))] * 9])  # B once, then C
+    for residents, expected in [((A, C, D), []), ((A, B, D), [4, 8])]:
+        policy = policy_of(share=0.09, n_layer=5)
+        policy.begin(10)
+        batch = routed(scores, residents)
+        choice = policy.choose(0, batch)
+        assert np.flatnonzero((choice.experts != batch.expert_ids)[:, 1]).tolist() == expected
 
 
 def test_a_batch_that_was_not_finished_leaves_nothing_behind() -> None:

@@ -11,7 +11,14 @@ from runner.miss_policy import DROPPED, Choice, Routing
 from runner.standins.buddy_policy import BuddyPolicy
 from runner.standins.make_policy import NEEDS_PROFILE, PolicySettings, make_policy
 from tests.runner.standins.routings import odds, routed
-from tests.runner.standins.streams import N_LAYER, N_USED, measured_table, random_routing
+from tests.runner.standins.streams import (
+    N_EXPERT,
+    N_LAYER,
+    N_USED,
+    measured_table,
+    random_routing,
+)
+from tests.runner.test_buddies import make_table
 
 pytestmark = pytest.mark.filterwarnings("error")
 
@@ -75,6 +82,30 @@ def test_without_a_profile_only_those_are_made_that_need_none(name: str) -> None
     else:
         routing = random_routing(np.random.default_rng(1))
         assert choose(make_policy(settings, N_LAYER, None), routing).experts.shape == (1, N_USED)
+
+
+def test_an_opening_to_begin_with_may_be_known() -> None:
+    policy = make_policy(PolicySettings("router", 0.1, opening=0.37), N_LAYER, None)
+    assert policy.opening.value == 0.37
+
+
+@pytest.mark.parametrize("name", ["buddymoe", "similar"])
+def test_each_layer_has_its_own_part_of_the_profile(name: str) -> None:
+    table = make_table(N_LAYER, N_EXPERT)
+    arrays = ("coactivation", "error", "tae_percentiles")
+    like_the_last = replace(
+        table, **{name: np.stack([getattr(table, name)[-1]] * N_LAYER) for name in arrays}
+    )
+    rng = np.random.default_rng(4)
+    batches = [random_routing(rng, 50) for _ in range(4)]
+
+    def choices(table: BuddyTable, layer: int) -> list[bytes]:
+        policy = opened(name, 0.5, table=table)
+        return [choose(policy, batch, layer).experts.tobytes() for batch in batches]
+
+    last = choices(table, N_LAYER - 1)
+    assert last == choices(like_the_last, 0)
+    assert last != choices(table, 0)
 
 
 def test_a_limit_of_1_opens_every_policy() -> None:
