@@ -321,9 +321,16 @@ def _parse_estimates(values: object) -> tuple[PolicyEstimate, ...]:
     for value in values:
         if not isinstance(value, dict) or {k: type(v) for k, v in value.items()} != kinds:
             raise _Unsound("an estimate in its header has wrong fields")
-        if not all(math.isfinite(number) for number in value.values() if type(number) is float):
-            raise _Unsound("an estimate in its header is no number")
+        if not _is_possible(PolicyEstimate(**value)):
+            raise _Unsound("an estimate in its header is no number, or none that can be")
     return tuple(PolicyEstimate(**value) for value in values)
+
+
+def _is_possible(estimate: PolicyEstimate) -> bool:
+    e = estimate
+    shares = e.budget, e.miss_share, e.opening
+    is_share = all(0.0 <= share <= 1.0 for share in shares)  # false for NaN
+    return is_share and e.budget > 0.0 and 0 < e.n_slots < 1 << 31 and 0.0 <= e.harm < math.inf
 
 
 def _check_model(header: dict[str, Any], model_hash: str, n_layer: int, n_expert: int) -> None:

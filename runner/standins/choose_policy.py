@@ -104,6 +104,7 @@ def _settings(
     if budget is None:
         budget = DEFAULT_BUDDY_BUDGET if table is not None else BUDGET_WITHOUT_PROFILE
     estimates = table.estimates if table is not None else ()
+    estimates = tuple(e for e in estimates if e.policy in BUDDY_POLICIES)  # a later one has others
     if config.buddy == BUDDY_AUTO:
         if table is None:
             notes = (
