@@ -26,8 +26,10 @@ class BuddyPolicy:
         self.opening = opening
         self._choose = choose
         self._min_rank = min_rank
+        self._gate = Gate(min_rank=min_rank)  # without a budget
         self._n_tokens = 0
         self._wanted = 0.0  # router weight that the last choice would give away without a budget
+        self._priced: tuple[Choice, np.ndarray] | None = None  # the last choice and its cost
         self._demand = 0.0  # the same of the batch so far
 
     @property
@@ -43,10 +45,14 @@ class BuddyPolicy:
 
     def choose(self, layer: int, routing: Routing) -> Choice:
         """Who computes the layer's pairs; counts nothing."""
-        choice = self._choose(layer, routing, Gate(min_rank=self._min_rank), self.opening.value)
+        choice = self._choose(layer, routing, self._gate, self.opening.value)
         cost = _given_weight(routing, choice)
-        self._wanted = float(cost.sum()) if cost is not None else 0.0
-        if cost is None or not self.is_bounded:
+        if cost is None:
+            self._wanted = 0.0
+            return choice
+        self._wanted = float(cost[0]) if len(cost) == 1 else float(cost.sum())
+        self._priced = choice, cost
+        if not self.is_bounded:
             return choice
         allowance = self.budget.allowance(layer, len(cost))
         if (cost.cumsum() <= allowance).all():
@@ -57,7 +63,10 @@ class BuddyPolicy:
     def spend(self, routing: Routing, choice: Choice) -> None:
         """Count what was chosen; once for every layer of the batch that misses something."""
         self._demand += self._wanted
-        cost = _given_weight(routing, choice)
+        if self._priced is not None and self._priced[0] is choice:
+            cost: np.ndarray | None = self._priced[1]
+        else:
+            cost = _given_weight(routing, choice)
         if cost is not None:
             self.budget.spend(cost)
 
@@ -71,6 +80,13 @@ def _given_weight(routing: Routing, choice: Choice) -> np.ndarray | None:
     """The router's weight that others than it chose got, of each token; None = none at all."""
     if choice.experts is routing.expert_ids:
         return None
+    if len(choice.experts) == 1:  # the usual case, without numpy's cost per call
+        lone = 0.0
+        chosen, weights = routing.expert_ids[0].tolist(), routing.weights[0].tolist()
+        for rank, expert in enumerate(choice.experts[0].tolist()):
+            if expert != chosen[rank]:
+                lone += weights[rank]
+        return np.array([lone])
     given = choice.experts != routing.expert_ids
     weight: np.ndarray = (routing.weights * given).sum(axis=1, dtype=np.float64)
     return weight

@@ -25,7 +25,7 @@ class Budget:
         self._n_layer = n_layer
         self._history: deque[tuple[int, float]] = deque(maxlen=WINDOW)  # weight and spent of each
         self._spent = np.zeros(0)  # (n_tokens,), of the batch so far
-        self._before = np.zeros(0)  # (n_tokens,), left by the tokens before the batch
+        self._before: np.ndarray | None = None  # (n_tokens,), left by earlier tokens; when asked
 
     @property
     def spent_share(self) -> float:
@@ -36,14 +36,19 @@ class Budget:
     def begin(self, n_tokens: int) -> None:
         """A batch comes; what an unfinished one spent is forgotten."""
         self._spent = np.zeros(n_tokens)
+        self._before = None
+
+    def _left_before(self) -> np.ndarray:
+        """What the tokens before the batch left for each of its tokens, (n_tokens,)."""
         every = self._n_layer - 1  # weight that every token has
         extra = [self.share * (weight - every) - spent for weight, spent in reversed(self._history)]
         # Later tokens, perhaps without a last layer, push out others that had one. So what the
         # last layers allow counts only as far as it will not be missing then.
         least = np.minimum.accumulate(np.cumsum([0.0, *extra]))
-        room = np.maximum(0, WINDOW - 1 - np.arange(n_tokens))
+        room = np.maximum(0, WINDOW - 1 - np.arange(len(self._spent)))
         n_seen = np.minimum(len(self._history), room)  # tokens before, in each token's window
-        self._before = self.share * every * n_seen + least[n_seen]
+        left: np.ndarray = self.share * every * n_seen + least[n_seen]
+        return left
 
     def allowance(self, layer: int, n_routed: int) -> np.ndarray:
         """What this layer may substitute of the batch's last n_routed tokens: the first t + 1 of
@@ -51,6 +56,8 @@ class Budget:
 
         Each layer has the same share; what earlier layers left is there for the later ones.
         """
+        if self._before is None:
+            self._before = self._left_before()
         n_tokens, n_layers = len(self._spent), min(layer + 1, self._n_layer - 1)
         if n_tokens == 1:  # the usual case
             lone: np.ndarray = self._before + self.share * (layer + 1) - self._spent
@@ -63,7 +70,10 @@ class Budget:
 
     def spend(self, weight: np.ndarray) -> None:
         """Count what a layer substituted of each of the batch's last tokens, (n_routed,)."""
-        self._spent[len(self._spent) - len(weight) :] += weight
+        if len(self._spent) == 1:  # the usual case
+            self._spent[0] += weight[0]
+        else:
+            self._spent[len(self._spent) - len(weight) :] += weight
 
     def end(self) -> None:
         """The batch is finished."""

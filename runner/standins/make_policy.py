@@ -6,7 +6,7 @@ an opening between 0 and 1. Knows no cache.
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -62,12 +62,17 @@ def _chooser(settings: PolicySettings, n_layer: int, table: BuddyTable | None) -
         "random": lambda routing, gate: miss_policy.random(routing, gate, rng),
     }
     choose = gated[name]
-    return lambda layer, routing, gate, opening: choose(routing, replace(gate, max_weight=opening))
+    return lambda layer, routing, gate, opening: choose(routing, _up_to(opening, gate))
+
+
+def _up_to(max_weight: float, gate: Gate) -> Gate:
+    """The gate for pairs of at most that weight; `replace` would take longer than the choice."""
+    return Gate(max_weight, gate.min_rank, gate.allowance)
 
 
 def _similar(table: BuddyTable) -> Choose:
     def choose(layer: int, routing: Routing, gate: Gate, opening: float) -> Choice:
-        return miss_policy.similar(routing, replace(gate, max_weight=opening), table.error[layer])
+        return miss_policy.similar(routing, _up_to(opening, gate), table.error[layer])
 
     return choose
 
@@ -110,6 +115,6 @@ def _prior_router(layer: int, routing: Routing, gate: Gate, opening: float) -> C
     """The opening is the weight that may be given away behind a prior of half that strength."""
 
     def second(routing: Routing, gate: Gate) -> Choice:
-        return miss_policy.router(routing, replace(gate, max_weight=opening))
+        return miss_policy.router(routing, _up_to(opening, gate))
 
     return miss_policy.prior_then(routing, _MOST_STRENGTH * opening / 2, gate, second)
