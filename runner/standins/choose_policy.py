@@ -4,7 +4,7 @@ Reads the profile. Knows no engine and no cache.
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -117,9 +117,7 @@ def _settings(
     settings = PolicySettings(name, budget, config.buddy_min_rank, config.buddy_seed)
     known = _nearest([e for e in estimates if e.policy == name], n_slots, budget)
     if known:
-        settings = PolicySettings(
-            name, budget, config.buddy_min_rank, config.buddy_seed, known[0].opening
-        )
+        settings = replace(settings, opening=known[0].opening)
     return settings, notes
 
 

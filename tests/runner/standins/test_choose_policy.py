@@ -115,7 +115,7 @@ def test_auto_takes_the_policy_that_does_the_least_harm_with_these_slots_and_thi
         ((7, 7), 0.08, "blend"),
         (SMALL, 0.0001, "blend"),
         (SMALL, 0.03, "blend"),  # half as much again, the other is more than twice
-        (SMALL, 0.05, "router"),
+        (SMALL, 0.045, "router"),
         (SMALL, 1.0, "router"),
         ((5, 7), 0.001, "prior"),
     ],
@@ -124,6 +124,13 @@ def test_the_most_similar_cache_and_of_these_the_most_similar_budget_count(
     n_slots: tuple[int, ...], budget: float, name: str, profiled: Model
 ) -> None:
     assert profiled.choose(bounded(budget), n_slots).name == name
+
+
+def test_a_similar_cache_counts_more_than_a_similar_budget(model: Model) -> None:
+    estimates = estimated("prior", 2, 0.02, 0.5), estimated("blend", 4, 0.08, 0.1)
+    model.table(*estimates).save(model.profile)
+    assert model.choose(bounded(0.08), SMALL).name == "prior"
+    assert model.choose(bounded(0.02), HALF).name == "blend"
 
 
 @pytest.mark.parametrize(
