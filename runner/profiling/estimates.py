@@ -41,7 +41,7 @@ def estimate(
 ) -> tuple[PolicyEstimate, ...]:
     """All policies with a quarter, half and three quarters of the experts in slots.
 
-    on_done(done, total) after each; it may raise to end this.
+    on_done(done, total) before each; it may raise to end this.
     """
     n_expert, n_used = table.n_expert, layers[0].expert_ids.shape[1]
     slots = sorted({max(n_used, round(n_expert * part)) for part in (0.25, 0.5, 0.75)})
