@@ -109,7 +109,7 @@ def _settings(
         if table is None:
             notes = (
                 "Stand-ins are chosen by the router's scores alone: `buddyrun profile MODEL`"
-                " measures who can stand in for whom, and halves what they cost.",
+                " measures who can stand in for whom, so that they cost less quality.",
             )
         name = _best_of(estimates, n_slots, budget)
     else:
