@@ -241,7 +241,7 @@ def test_openings_are_as_wide_as_the_budget_lets_them(
         for n_slots in (2, 4, 6):
             openings = [found_of(estimates, policy, n_slots, b).opening for b in BUDGETS]
             assert openings == sorted(openings)
-    assert found_of(estimates, "router", 2, 0.02).opening < 0.5
+            assert openings[0] < openings[1] and len(set(openings)) >= 3
 
 
 def test_a_larger_budget_saves_misses_and_does_more_harm(
