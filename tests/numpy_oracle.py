@@ -1,5 +1,6 @@
 """The `llama` architecture once more in numpy float32, for what llama.cpp does not do."""
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import gguf
@@ -7,18 +8,28 @@ import numpy as np
 
 from tests.random_model import RandomModel
 
+Serving = Sequence[tuple[np.ndarray, np.ndarray]]
+"""who computes each token's pairs in each layer, and with what weights: (n_tokens, n) both."""
+
 
 def numpy_logits(
-    path: Path, m: RandomModel, tokens: list[int], sliding_window: int = 0
+    path: Path,
+    m: RandomModel,
+    tokens: list[int],
+    sliding_window: int = 0,
+    serving: Serving | None = None,
 ) -> np.ndarray:
-    """Logits (n_tokens, n_vocab) of an F32 file with experts."""
+    """Logits (n_tokens, n_vocab) of an F32 file with experts, which the router chooses unless
+    `serving` says who computes."""
     w = {t.name: np.array(t.data) for t in gguf.GGUFReader(path).tensors}
     x = w["token_embd.weight"][tokens]
     for layer in range(m.n_layer):
         p = f"blk.{layer}."
         normed = _norm(x, w[p + "attn_norm.weight"])
         x = x + _attention(w, p, m, normed, sliding_window)
-        x = x + _experts(w, p, m, _norm(x, w[p + "ffn_norm.weight"]))
+        normed = _norm(x, w[p + "ffn_norm.weight"])
+        served = serving[layer] if serving is not None else _route(w, p, m, normed)
+        x = x + _experts(w, p, normed, *served)
     return _norm(x, w["output_norm.weight"]) @ w["output.weight"].T
 
 
@@ -50,13 +61,21 @@ def _rope(heads: np.ndarray) -> np.ndarray:
     return np.stack([pairs.real, pairs.imag], axis=-1).reshape(heads.shape).astype(np.float32)
 
 
-def _experts(w: dict[str, np.ndarray], p: str, m: RandomModel, x: np.ndarray) -> np.ndarray:
+def _route(
+    w: dict[str, np.ndarray], p: str, m: RandomModel, x: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
     probabilities = _softmax(x @ w[p + "ffn_gate_inp.weight"].T)
+    chosen = np.argsort(-probabilities, axis=1)[:, : m.n_expert_used]
+    weights = np.take_along_axis(probabilities, chosen, axis=1)
+    return chosen, weights / weights.sum(axis=1, keepdims=True)
+
+
+def _experts(
+    w: dict[str, np.ndarray], p: str, x: np.ndarray, experts: np.ndarray, weights: np.ndarray
+) -> np.ndarray:
     out = np.zeros_like(x)
     for i, row in enumerate(x):
-        chosen = np.argsort(-probabilities[i])[: m.n_expert_used]
-        weights = probabilities[i, chosen] / probabilities[i, chosen].sum()
-        for expert, weight in zip(chosen, weights, strict=True):
+        for expert, weight in zip(experts[i], weights[i], strict=True):
             gate = w[p + "ffn_gate_exps.weight"][expert] @ row
             up = w[p + "ffn_up_exps.weight"][expert] @ row
             hidden = gate / (1 + np.exp(-gate)) * up
