@@ -102,8 +102,7 @@ def test_every_pair_is_computed_once_by_whom_the_policy_says_within_the_budget(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("n_slots", [2, 4])
-@pytest.mark.parametrize("budget", [0.05, 0.2, 1.0])
+@pytest.mark.parametrize(("budget", "n_slots"), [(0.05, 2), (0.2, 4), (1.0, 2)])
 @pytest.mark.parametrize("name", BUDDY_POLICIES)
 def test_long_texts_and_long_prompts_keep_the_rules(
     name: str, budget: float, n_slots: int, demo_path: Path, tokens: list[int]
