@@ -192,7 +192,7 @@ def test_the_command_sends_texts_and_settings(text: str, tmp_path: Path) -> None
         buddyrun("perplexity", str(DEMO), "-f", text)
     first, second = seen
     assert first.texts == (NamedText("some.txt", "Some text.\n"), NamedText("other.txt", "More."))
-    assert first.engine == EngineConfig(n_ctx=64, moe_cache_slots=4, n_threads=1)
+    assert first.engine == EngineConfig(n_ctx=64, moe_cache_slots=4, n_threads=1, buddy="auto")
     assert (first.max_windows, first.max_tokens, first.model) == (3, 100, str(DEMO))
     assert (second.engine.n_ctx, second.max_windows, second.max_tokens) == (512, 0, 0)
     assert done.stdout.decode().startswith("some.txt, other.txt: 1234 tokens")
@@ -201,7 +201,7 @@ def test_the_command_sends_texts_and_settings(text: str, tmp_path: Path) -> None
 def test_json_is_alone_on_stdout(text: str) -> None:
     done = buddyrun("perplexity", str(DEMO), "-f", text, "--json", "-v")
     assert json.loads(done.stdout) == {**EVALUATION.as_json(), "texts": ["some.txt"],
-                                       "policy": "off"}  # fmt: skip
+                                       "policy": "auto"}  # fmt: skip
 
 
 def test_verbose_shows_the_windows_on_stderr(text: str) -> None:
@@ -307,7 +307,7 @@ def test_problems_of_the_model_arrive_with_their_class(client: Client, tmp_path:
 def test_the_demo_model_is_judged_from_the_command_line(tmp_path: Path) -> None:
     done = buddyrun_process(
         *("perplexity", str(DEMO), "-f", str(STORY), "-c", "64", "--tokens", "100", "--json"),
-        *("--moe-cache-slots", "4", "--moe-miss", "load"),
+        *("--moe-cache-slots", "4", "--moe-miss", "load", "--exact"),
         command=BUDDYRUN,
         TMPDIR=str(tmp_path),
     )
