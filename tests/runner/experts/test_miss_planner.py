@@ -86,7 +86,7 @@ def test_nobody_stands_in_before_all_slots_are_filled() -> None:
 
 
 def test_an_exact_batch_has_no_stand_ins_and_costs_no_budget() -> None:
-    buddies = router(budget=0.5, opening=0.5)
+    buddies = router(budget=0.9, opening=0.5)
     desk = Desk([A, C, D], buddies)
     assert desk.plan(odds(TOKEN)).n_substituted == 1
     spent = buddies.budget.spent_share, buddies.opening.value
@@ -111,6 +111,20 @@ def test_without_stand_ins_weight_is_counted_only_where_somebody_asked_for_it() 
     assert [plan.weight.hit, plan.weight.loaded] == pytest.approx([0.6, 0.4])
     all_there = Desk([A, B, C], counts_weight=True).plan(odds(TOKEN, TOKEN))
     assert all_there.weight is not None and all_there.weight.hit == 2.0
+
+
+def test_what_nobody_computes_is_read_for_no_other_token_either() -> None:
+    buddies = make_policy(PolicySettings("drop", 1.0, 1), N_LAYER, None)
+    plan = Desk([A, C], buddies).plan(odds((6, 4, 3, 2), (6, 2, 3, 4)))
+    assert plan.experts.tolist() == [[A, DROPPED], [A, DROPPED]]
+    assert plan.loads == () and ways(plan) == [2, 0, 0, 0, 2]
+
+
+def test_empty_slots_are_for_experts_that_would_be_computed_on_the_host() -> None:
+    desk = Desk([A], router(), n_empty=1, miss_action="auto")
+    desk.cheap_on_host = {B, C}
+    plan = desk.plan(odds(TOKEN), n_used=3)
+    assert (plan.loads, plan.on_host) == ((B,), (C,))
 
 
 def test_what_is_left_to_read_may_be_computed_on_the_host() -> None:
