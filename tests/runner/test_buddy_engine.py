@@ -25,7 +25,11 @@ from tests.runner.buddy_books import (
     assert_within_budget,
     watched,
 )
-from tests.runner.experts.test_exact import after, assert_slots_have_the_files_bytes
+from tests.runner.experts.test_exact import (
+    after,
+    assert_slots_have_the_files_bytes,
+    small_machine,
+)
 from tests.runner.experts.test_failures import at_read, fail_with_eio
 from tests.runner.test_buddies import make_table
 
@@ -33,6 +37,8 @@ SLOW = pytest.mark.slow
 EXACTLY = EngineConfig(n_threads=1, n_ctx=1024, n_batch=16, moe_cache_slots=3, moe_miss="load")
 ROUTER = replace(EXACTLY, buddy="router", buddy_profile="off", buddy_budget=0.05)
 NOTHING_GIVEN = 1e-9  # a budget
+
+__all__ = ["small_machine"]  # a fixture
 
 
 @pytest.fixture(scope="module")
@@ -141,6 +147,21 @@ def test_what_is_not_given_away_is_read_or_computed_on_the_host(
         assert miss == "auto" or (sum(found.on_host) > 0 and sum(found.loaded) < 300)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["blend", "router", "drop"])
+def test_where_experts_are_read_ahead_the_rules_are_the_same(
+    name: str, demo_path: Path, tokens: list[int], small_machine: None
+) -> None:
+    with (
+        engine_of(demo_path, EXACTLY, buddy=name, buddy_budget=0.1) as engine,
+        watched(engine) as books,
+    ):
+        bits(play(engine, tokens[:200], n_prompt=70))
+        assert_sound(books, 0.1)
+        found = engine.snapshot()
+        assert found.prefetch_used > 0 and found.standin_share > 0
+
+
 # the numbers, by a second implementation
 
 
@@ -176,13 +197,13 @@ def test_the_logits_are_those_of_the_experts_and_weights_that_the_policy_chose(
     name: str, random_path: Path
 ) -> None:
     sequence = [1, *map(int, np.random.default_rng(5).integers(259, 320, 49))]
-    config = replace(
-        EXACTLY, moe_cache_slots=5, buddy=name, buddy_budget=1.0, buddy_min_rank=1, n_batch=8
-    )
+    config = replace(EXACTLY, moe_cache_slots=5, buddy=name, buddy_budget=1.0, n_batch=8)
     with engine_of(random_path, config) as engine, watched(engine) as books:
         logits = play(engine, sequence, n_prompt=30)
         assert_sound(books, 1.0)
-        assert sum(served.given.sum() for served in books.served) > 40
+        given = [served for served in books.served if served.given.any()]
+        assert any(served.plan.loads for served in given) or name == "resident"
+        assert not all(served.plan.loads for served in given)
     expected = numpy_logits(random_path, RANDOM, sequence, serving=serving_of(books))[29:]
     assert np.allclose(logits, expected, atol=0.05)
     exact = numpy_logits(random_path, RANDOM, sequence)[29:]
