@@ -74,12 +74,9 @@ def assert_sound(books: Books, share: float) -> None:
 
 # every policy on the demo model, with its profile
 
+EVERY_DAY = [("blend", 0.05), ("prior-router", 0.05), ("drop", 0.05), ("router", 1.0)]
 POLICIES = [
-    pytest.param(
-        name,
-        budget,
-        marks=[] if budget < 1.0 or name in ("blend", "prior-router", "drop") else SLOW,
-    )
+    pytest.param(name, budget, marks=[] if (name, budget) in EVERY_DAY else SLOW)
     for name in BUDDY_POLICIES
     for budget in (0.05, 1.0)
 ]
@@ -196,24 +193,24 @@ def serving_of(books: Books) -> list[tuple[np.ndarray, np.ndarray]]:
 def test_the_logits_are_those_of_the_experts_and_weights_that_the_policy_chose(
     name: str, random_path: Path
 ) -> None:
-    sequence = [1, *map(int, np.random.default_rng(5).integers(259, 320, 49))]
+    sequence = [1, *map(int, np.random.default_rng(5).integers(259, 320, 35))]
     config = replace(EXACTLY, moe_cache_slots=5, buddy=name, buddy_budget=1.0, n_batch=8)
     with engine_of(random_path, config) as engine, watched(engine) as books:
-        logits = play(engine, sequence, n_prompt=30)
+        logits = play(engine, sequence, n_prompt=20)
         assert_sound(books, 1.0)
         given = [served for served in books.served if served.given.any()]
         assert any(served.plan.loads for served in given) or name == "resident"
         assert not all(served.plan.loads for served in given)
-    expected = numpy_logits(random_path, RANDOM, sequence, serving=serving_of(books))[29:]
+    expected = numpy_logits(random_path, RANDOM, sequence, serving=serving_of(books))[19:]
     assert np.allclose(logits, expected, atol=0.05)
-    exact = numpy_logits(random_path, RANDOM, sequence)[29:]
+    exact = numpy_logits(random_path, RANDOM, sequence)[19:]
     assert not np.allclose(logits, exact, atol=1)
 
 
 # where nobody can stand in
 
 
-@pytest.mark.parametrize("name", ["router", "blend", "prior"])
+@pytest.mark.parametrize("name", ["router", "blend"])
 def test_with_a_slot_for_every_expert_the_logits_are_those_without_a_cache(
     name: str, demo_path: Path, tokens: list[int]
 ) -> None:
@@ -246,14 +243,14 @@ def test_with_nothing_to_spend_the_logits_are_the_exact_ones(
     demo_path: Path, tokens: list[int]
 ) -> None:
     with engine_of(demo_path, EXACTLY) as engine:
-        expected = bits(play(engine, tokens[:60]))
-    for name in ("blend", "prior", "drop"):
+        expected = bits(play(engine, tokens[:50]))
+    for name in ("blend", "drop"):
         config = replace(EXACTLY, buddy=name, buddy_budget=NOTHING_GIVEN)
         with engine_of(demo_path, config) as engine:
-            assert bits(play(engine, tokens[:60])) == expected
+            assert bits(play(engine, tokens[:50])) == expected
             found = engine.snapshot()
             assert not any(found.substituted) and not any(found.dropped)
-            assert found.weight == pytest.approx(7 * 60 + 23, abs=1e-3)
+            assert found.weight == pytest.approx(7 * 50 + 13, abs=1e-3)
 
 
 @pytest.mark.parametrize("name", ["drop", "resident"])
@@ -278,7 +275,9 @@ def test_fewer_slots_than_a_token_needs_are_refused_whatever_the_policy(demo_pat
             Engine(demo_path, replace(ROUTER, buddy=name, moe_cache_slots=1))
 
 
-@pytest.mark.parametrize("name", ["drop", "router", "resident", "prior-router"])
+@pytest.mark.parametrize(
+    "name", ["drop", "resident", *(pytest.param(n, marks=SLOW) for n in ("router", "blend"))]
+)
 def test_with_as_few_slots_as_a_token_needs_every_policy_works(
     name: str, demo_path: Path, tokens: list[int]
 ) -> None:
@@ -345,7 +344,7 @@ def test_a_prompt_that_is_cancelled_spends_only_what_its_finished_batches_did(
         assert_goes_on(engine, tokens[engine.n_past : 120], 0.2)
 
 
-@pytest.mark.parametrize(("number", "n_tokens"), [(1, 16), (8, 16), (1, 1)])
+@pytest.mark.parametrize(("number", "n_tokens"), [(8, 16), (1, 1)])
 def test_a_read_that_fails_within_a_batch_costs_nothing_and_leaves_the_slots_usable(
     number: int, n_tokens: int, demo_path: Path, tokens: list[int]
 ) -> None:
@@ -364,9 +363,9 @@ def test_answers_with_a_shifted_context_keep_the_budget(demo_path: Path, tokens:
     config = replace(ROUTER, n_ctx=64, context_shift=True, buddy_budget=0.1)
     with engine_of(demo_path, config) as engine, watched(engine) as books:
         steps = list(
-            engine.generate(tokens[:50], lambda z: int(z.argmax()), 120, lambda token: False)
+            engine.generate(tokens[:50], lambda z: int(z.argmax()), 70, lambda token: False)
         )  # fmt: skip
-        assert len(steps) == 120 and engine.n_past < 64
+        assert len(steps) == 70 and engine.n_past < 64
         assert_sound(books, 0.1)
         assert sum(served.given.sum() for served in books.served) > 0
 
@@ -374,14 +373,15 @@ def test_answers_with_a_shifted_context_keep_the_budget(demo_path: Path, tokens:
 # the same again
 
 
-@pytest.mark.parametrize("name", ["blend", "random"])
+@pytest.mark.parametrize("name", [pytest.param("blend", marks=SLOW), "random"])
 def test_equal_settings_have_equal_logits_and_other_seeds_others(
     name: str, demo_path: Path, tokens: list[int]
 ) -> None:
     def run(seed: int) -> list[bytes]:
         config = replace(EXACTLY, buddy=name, buddy_budget=0.3, buddy_seed=seed)
         with engine_of(demo_path, config) as engine:
-            return bits(play(engine, tokens[:60]))
+            return bits(play(engine, tokens[:50]))
 
-    assert run(0) == run(0)
-    assert (run(0) == run(1)) == (name != "random")
+    first = run(0)
+    assert run(0) == first
+    assert (run(1) == first) == (name != "random")

@@ -188,7 +188,13 @@ TABLE = measured_table()
 SHARE = 0.08
 
 
-@pytest.mark.parametrize("name", BUDDY_POLICIES)
+EVERY_DAY = ("blend", "prior-router", "buddymoe")
+
+
+@pytest.mark.parametrize(
+    "name",
+    [n if n in EVERY_DAY else pytest.param(n, marks=pytest.mark.slow) for n in BUDDY_POLICIES],
+)
 def test_every_policy_keeps_the_budget_and_uses_it(name: str) -> None:
     """Tokens and now and then a prompt; the books are kept here, from choices and routings."""
     policy = make_policy(PolicySettings(name, SHARE), N_LAYER, TABLE)

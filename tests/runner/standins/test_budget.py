@@ -176,7 +176,7 @@ def test_no_window_ever_spends_more_than_the_budget(share: float, n_layer: int) 
     rng = np.random.default_rng(round(1000 * share) + n_layer)
     for longest in (3, 40, 300 if share < 1.0 else WINDOW):
         ledger = Ledger(share, n_layer)
-        while len(ledger.spent) < 1200:
+        while len(ledger.spent) < 700:
             wants, n_tokens = some_wants(rng), int(rng.integers(1, longest + 1))
             for _ in range(int(rng.integers(1, 150)) if n_tokens < 4 else 1):
                 ledger.batch(n_tokens, wants, is_finished=bool(rng.random() < 0.9))
