@@ -281,7 +281,7 @@ def test_fewer_slots_than_a_token_needs_are_refused_whatever_the_policy(demo_pat
 def test_with_as_few_slots_as_a_token_needs_every_policy_works(
     name: str, demo_path: Path, tokens: list[int]
 ) -> None:
-    config = replace(ROUTER, buddy=name, buddy_budget=1.0, buddy_min_rank=1, moe_cache_slots=2)
+    config = replace(EXACTLY, buddy=name, buddy_budget=1.0, buddy_min_rank=1, moe_cache_slots=2)
     with engine_of(demo_path, config) as engine, watched(engine) as books:
         bits(play(engine, tokens[:40], n_prompt=25))
         assert_sound(books, 1.0)
