@@ -8,8 +8,8 @@ import numpy as np
 
 from tests.random_model import RandomModel
 
-Serving = Sequence[tuple[np.ndarray, np.ndarray]]
-"""who computes each token's pairs in each layer, and with what weights: (n_tokens, n) both."""
+Served = tuple[np.ndarray, np.ndarray]
+"""who computes each token's pairs in a layer, and with what weights: (n_tokens, n) both."""
 
 
 def numpy_logits(
@@ -17,7 +17,7 @@ def numpy_logits(
     m: RandomModel,
     tokens: list[int],
     sliding_window: int = 0,
-    serving: Serving | None = None,
+    serving: Sequence[Served] | None = None,
 ) -> np.ndarray:
     """Logits (n_tokens, n_vocab) of an F32 file with experts, which the router chooses unless
     `serving` says who computes."""
@@ -27,9 +27,8 @@ def numpy_logits(
         p = f"blk.{layer}."
         normed = _norm(x, w[p + "attn_norm.weight"])
         x = x + _attention(w, p, m, normed, sliding_window)
-        normed = _norm(x, w[p + "ffn_norm.weight"])
-        served = serving[layer] if serving is not None else _route(w, p, m, normed)
-        x = x + _experts(w, p, normed, *served)
+        served = serving[layer] if serving is not None else None
+        x = x + _experts(w, p, m, _norm(x, w[p + "ffn_norm.weight"]), served)
     return _norm(x, w["output_norm.weight"]) @ w["output.weight"].T
 
 
@@ -61,9 +60,7 @@ def _rope(heads: np.ndarray) -> np.ndarray:
     return np.stack([pairs.real, pairs.imag], axis=-1).reshape(heads.shape).astype(np.float32)
 
 
-def _route(
-    w: dict[str, np.ndarray], p: str, m: RandomModel, x: np.ndarray
-) -> tuple[np.ndarray, np.ndarray]:
+def _route(w: dict[str, np.ndarray], p: str, m: RandomModel, x: np.ndarray) -> Served:
     probabilities = _softmax(x @ w[p + "ffn_gate_inp.weight"].T)
     chosen = np.argsort(-probabilities, axis=1)[:, : m.n_expert_used]
     weights = np.take_along_axis(probabilities, chosen, axis=1)
@@ -71,8 +68,9 @@ def _route(
 
 
 def _experts(
-    w: dict[str, np.ndarray], p: str, x: np.ndarray, experts: np.ndarray, weights: np.ndarray
+    w: dict[str, np.ndarray], p: str, m: RandomModel, x: np.ndarray, served: Served | None = None
 ) -> np.ndarray:
+    experts, weights = served if served is not None else _route(w, p, m, x)
     out = np.zeros_like(x)
     for i, row in enumerate(x):
         for expert, weight in zip(experts[i], weights[i], strict=True):
