@@ -42,9 +42,10 @@ class ExpertRunner:
 
     @property
     def is_needed(self) -> bool:
-        """Whether there is anything to `serve`: not when every expert is in its own slot."""
-        table = self._cache.table
-        return self._counts_uses or self._cache.is_reading or not table.has_everything
+        """Whether there is anything to `serve` or to count: not when every expert is in its own
+        slot and nobody asked for uses or weights."""
+        counts = self._counts_uses or self._planner.counts_weight
+        return counts or self._cache.is_reading or not self._cache.table.has_everything
 
     def measure_costs(self) -> None:
         """Read one expert of the first layer and compute one pair with it, to know the costs."""

@@ -36,7 +36,7 @@ class MissPlanner:
         self._miss_action = miss_action
         self._buddies = buddies
         self.is_exact = False  # the batch: nobody stands in
-        self._counts_weight = counts_weight or buddies is not None
+        self.counts_weight = counts_weight or buddies is not None
 
     @property
     def may_read(self) -> bool:
@@ -57,7 +57,7 @@ class MissPlanner:
     def plan(self, graph: BatchGraph, layer: int, expert_ids: np.ndarray) -> RoutingPlan:
         """expert_ids (n, n_expert_used) int32, what the graph's router just chose."""
         slot_of = self._table.slot_of[layer]
-        if not self._counts_weight:
+        if not self.counts_weight:
             plan = miss_policy.exact_plan(expert_ids, slot_of)
             on_host = self._to_compute_on_host(layer, plan)
             return miss_policy.exact_plan(expert_ids, slot_of, on_host) if on_host else plan
@@ -74,7 +74,7 @@ class MissPlanner:
     def plan_of_all(self, expert_ids: np.ndarray) -> RoutingPlan:
         """The plan of a layer whose experts are all resident for good."""
         plan = miss_policy.all_resident(expert_ids)
-        if not self._counts_weight:
+        if not self.counts_weight:
             return plan
         return replace(plan, weight=ServedWeight(float(len(expert_ids)), 0.0, 0.0, 0.0, 0.0))
 

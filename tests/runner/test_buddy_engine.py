@@ -219,6 +219,7 @@ def test_with_a_slot_for_every_expert_the_logits_are_those_without_a_cache(
         ours = bits(play(engine, tokens[:60]))
         found = engine.snapshot()
         assert found.substituted_weight_share == 0 and not any(found.substituted)
+        assert found.weight == pytest.approx(7 * 60 + 23, abs=1e-3), "also when all are there"
     with engine_of(demo_path, config, moe_cache_slots=0, moe_cache_bytes=MOE_CACHE_OFF) as engine:
         assert bits(play(engine, tokens[:60])) == ours
 
