@@ -136,36 +136,22 @@ class Client:
         """Judge settings by the exact run of the same file; the last item is the Evaluation. No
         model is loaded after it. `on_progress` as for `load`. Raises CancelledError after
         `cancel`."""
-        model = Path(wanted.model).absolute()
-        self._loaded = None
-        self._circumstances = Circumstances.now(model)
-        for reply in self._run_job("perplexity", replace(wanted, model=str(model))):
-            body = {name: value for name, value in reply.items() if name not in _ENVELOPE}
-            match reply["type"]:
-                case "progress" if on_progress is not None:
-                    on_progress(reply["stage"], reply["done"], reply["total"])
+        for kind, body in self._run_on_file("perplexity", wanted, on_progress):
+            match kind:
                 case "run_progress":
                     yield protocol.parse(RunProgress, body)
                 case "window_done":
                     yield protocol.parse(WindowDone, body)
                 case "perplexity_done":
-                    yield protocol.parse(Evaluation, reply["evaluation"])
+                    yield protocol.parse(Evaluation, body["evaluation"])
 
     def profile(
         self, wanted: ProfileFields, on_progress: OnProgress | None = None
     ) -> ProfileResult:
         """Make a model's profile of buddies. No model is loaded after it. `on_progress` as for
         `load`. Raises CancelledError after `cancel`."""
-        self._loaded = None
-        self._circumstances = Circumstances.now(Path(wanted.model))
-        result: ProfileResult | None = None
-        for reply in self._run_job("profile", wanted):
-            if reply["type"] == "progress" and on_progress is not None:
-                on_progress(reply["stage"], reply["done"], reply["total"])
-            elif reply["type"] == "profile_done":
-                result = protocol.parse(ProfileResult, reply["result"])
-        assert result is not None
-        return result
+        *_, (_, body) = self._run_on_file("profile", wanted, on_progress)
+        return protocol.parse(ProfileResult, body["result"])
 
     def frontier(
         self, wanted: FrontierFields, on_progress: OnProgress | None = None
@@ -173,14 +159,8 @@ class Client:
         """Judge many settings by one exact run of the same file: what that cost, then every point.
         No model is loaded after it. `on_progress` as for `load`. Raises CancelledError after
         `cancel`."""
-        model = Path(wanted.model).absolute()
-        self._loaded = None
-        self._circumstances = Circumstances.now(model)
-        for reply in self._run_job("frontier", replace(wanted, model=str(model))):
-            body = {name: value for name, value in reply.items() if name not in _ENVELOPE}
-            match reply["type"]:
-                case "progress" if on_progress is not None:
-                    on_progress(reply["stage"], reply["done"], reply["total"])
+        for kind, body in self._run_on_file("frontier", wanted, on_progress):
+            match kind:
                 case "run_progress":
                     yield protocol.parse(RunProgress, body)
                 case "frontier_base":
@@ -241,6 +221,23 @@ class Client:
                 info = protocol.parse(ModelInfo, reply["info"])
         assert info is not None
         return info
+
+    def _run_on_file(
+        self,
+        kind: str,
+        wanted: PerplexityFields | ProfileFields | FrontierFields,
+        on_progress: OnProgress | None,
+    ) -> Iterator[tuple[str, Message]]:
+        """A job that opens a model itself: type and content of its replies but for progress."""
+        model = Path(wanted.model).absolute()
+        self._loaded = None
+        self._circumstances = Circumstances.now(model)
+        for reply in self._run_job(kind, replace(wanted, model=str(model))):
+            body = {name: value for name, value in reply.items() if name not in _ENVELOPE}
+            if reply["type"] != "progress":
+                yield reply["type"], body
+            elif on_progress is not None:
+                on_progress(reply["stage"], reply["done"], reply["total"])
 
     def _run_job(self, kind: str, body: object) -> Iterator[Message]:
         """Send a request and yield its replies up to the last one, or raise what it says."""

@@ -41,7 +41,7 @@ class MissPlanner:
     @property
     def may_read(self) -> bool:
         """Whether a missing expert may have to be read, with every slot filled."""
-        return self._buddies is None or self.is_exact or self._buddies.is_bounded
+        return self._buddies is None or self.is_exact or not self._buddies.takes_every_miss
 
     def begin(self, n_tokens: int, is_exact: bool = False) -> None:
         """A batch comes. is_exact: nobody stands in, and the budget does not notice."""

@@ -37,6 +37,11 @@ class BuddyPolicy:
         """Whether misses may have to be exact because the budget is used up."""
         return self.budget.share < 1.0
 
+    @property
+    def takes_every_miss(self) -> bool:
+        """Whether any pair may be given away, whatever its rank and what was spent."""
+        return not self.is_bounded and self._min_rank == 1
+
     def begin(self, n_tokens: int) -> None:
         """A batch comes."""
         self._n_tokens = n_tokens

@@ -5,19 +5,19 @@ from typing import Any
 
 import click
 
-from runner.config import BUDDY_POLICIES, MAX_CTX
+from runner.config import BUDDY_POLICIES
 from runner.quality.frontier import ALL
 from runner.terminal.buddy_options import Share
 from runner.terminal.cli_options import (
     BENCH_FLAGS,
-    ENVIRONMENT_PREFIX,
     FILE,
     flag,
     is_on_command_line,
     switch,
 )
+from runner.terminal.perplexity_options import WINDOW_FLAG, max_tokens_flag, texts_flag
 
-_N_CTX = 512  # as in perplexity
+_N_TOKENS = 512  # of each text
 _MAX_SEEDS = 100
 _IGNORED = ("buddy", "exact", "buddy_budget", "verify_every")  # besides those of the tests
 
@@ -84,26 +84,9 @@ FRONTIER_FLAGS = (
         type=click.IntRange(1, _MAX_SEEDS),
         default=1,
     ),
-    click.Option(
-        ("-f", "--file", "texts"),
-        help="A text to run; may be repeated. Without it that of --text.",
-        type=FILE,
-        multiple=True,
-        envvar=f"{ENVIRONMENT_PREFIX}_FILE",
-        show_envvar=True,
-    ),
-    flag(
-        *("-c", "--ctx-size", "n_ctx"),
-        help="Tokens of a window; each begins with an empty context.",
-        type=click.IntRange(2, MAX_CTX),
-        default=_N_CTX,
-    ),
-    flag(
-        *("--tokens", "max_tokens"),
-        help="Most tokens of each text, from its start; 0 = all.",
-        type=click.IntRange(0),
-        default=512,
-    ),
+    texts_flag("A text to run; may be repeated. Without it that of --text."),
+    WINDOW_FLAG,
+    max_tokens_flag(_N_TOKENS),
     flag(
         "--frontier-out",
         help="Where figures and picture go: FILE.json and FILE.svg.",
