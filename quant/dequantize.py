@@ -3,7 +3,7 @@
 import numpy as np
 from numpy.typing import NDArray
 
-from quant import ggml
+from quant import ggml_library
 from quant.ggml_types import GGMLType
 
 
@@ -25,5 +25,5 @@ def dequantize(
     if type.name == "F32":  # nothing to convert, and ggml has no conversion for it
         floats.view(np.uint8)[:] = blocks.reshape(-1)
     else:
-        ggml.to_float(type.id, type.type_bytes, blocks, floats)
+        ggml_library.to_float(type.id, type.type_bytes, blocks, floats)
     return floats

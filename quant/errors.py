@@ -14,3 +14,7 @@ class GGUFError(BuddyrunError):
 
 class BackendError(BuddyrunError):
     """The ggml libraries are missing, do not fit, or a device refused an operation."""
+
+
+class OutOfMemoryError(BackendError):
+    """A device has not as much memory as was asked for."""

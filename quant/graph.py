@@ -8,6 +8,7 @@ from typing import Self
 
 import numpy as np
 
+from quant.errors import BackendError
 from quant.ggml import Backend, Context, GraphAllocator, Tensor
 
 _TENSORS_PER_NODE = 2  # operations and the views between them
@@ -57,6 +58,22 @@ class Graph:
     def compute(self) -> None:
         """Run to the end. Raises BackendError."""
         self._backend.compute(self._handle)
+
+    def start(self) -> None:
+        """Put it into the backend's queue; `Backend.synchronize` waits. Raises BackendError."""
+        self._backend.compute_later(self._handle)
+
+    def check_support(self) -> None:
+        """Raise BackendError that names the first operation the device cannot compute."""
+        for i in range(self._ggml.graph_n_nodes(self._handle)):
+            node = self._ggml.graph_node(self._handle, i)
+            if not self._backend.supports(node):
+                name = self._ggml.op_desc(node).decode()
+                kind = self._ggml.type_name(node.contents.type).decode()
+                raise BackendError(
+                    f"{self._backend.device.name} ({self._backend.description}) cannot compute "
+                    f"{name} of {kind}, which this model needs: use --device cpu"
+                )
 
     def expand(self, tensor: Tensor) -> Tensor:
         """Compute `tensor`, after everything that was expanded before it."""

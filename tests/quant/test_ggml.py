@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 
 from quant.errors import BackendError
-from quant.ggml import Backend, Context, GraphAllocator, check, check_version, library_folder
+from quant.ggml import Backend, Context, GraphAllocator, check
+from quant.ggml_library import check_version, library_folder
 from quant.ggml_types import GGML_TYPES_BY_NAME
 from quant.graph import Graph, HostPort
 
@@ -176,7 +177,7 @@ def test_a_failed_status_is_an_error() -> None:
 
 
 def test_the_library_folder_can_be_chosen(tmp_path: Path) -> None:
-    code = "from quant.ggml import load_ggml; print(load_ggml().version_text)"
+    code = "from quant.ggml_library import load_ggml; print(load_ggml().version_text)"
 
     def load(folder: Path) -> subprocess.CompletedProcess[str]:
         env = {**os.environ, "LLAMA_CPP_LIB_PATH": str(folder)}

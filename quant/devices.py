@@ -1,0 +1,65 @@
+"""What ggml can compute on: the devices of every backend that the installed libraries bring.
+
+Knows no model and allocates nothing.
+"""
+
+from ctypes import byref, c_size_t
+from dataclasses import dataclass
+
+from quant.errors import BackendError
+from quant.ggml_library import DeviceProperties, library_folder, load_ggml
+
+_KINDS = ("cpu", "gpu", "igpu", "accel", "meta")  # enum ggml_backend_dev_type
+
+
+@dataclass(frozen=True)
+class Device:
+    """One device; ggml keeps it for as long as the process lives."""
+
+    handle: int
+    name: str  # ggml's: "CPU", "CUDA0", "Vulkan0"
+    description: str
+    backend: str  # the backend it belongs to: "CPU", "CUDA", "Vulkan", "Metal"
+    kind: str  # "cpu", "gpu" (memory of its own), "igpu" (the host's memory), "accel"
+    has_events: bool
+    has_host_buffer: bool  # pinned host memory, which it copies faster
+
+    @property
+    def is_gpu(self) -> bool:
+        return self.kind in ("gpu", "igpu")
+
+    def memory_bytes(self) -> tuple[int, int]:
+        """Its memory now: (free, total). The CPU tells the machine's total as both."""
+        free, total = c_size_t(), c_size_t()
+        load_ggml().backend_dev_memory(self.handle, byref(free), byref(total))
+        return free.value, total.value
+
+
+def devices() -> tuple[Device, ...]:
+    """All devices in ggml's order, the GPUs first. Raises BackendError without ggml."""
+    ggml = load_ggml()
+    return tuple(_describe(ggml.backend_dev_get(i)) for i in range(ggml.backend_dev_count()))
+
+
+def cpu_device() -> Device:
+    """The CPU. Raises BackendError when the libraries have no CPU backend."""
+    for device in devices():
+        if device.kind == "cpu":
+            return device
+    raise BackendError(f"the ggml libraries in {library_folder()} have no CPU backend")
+
+
+def _describe(handle: int) -> Device:
+    ggml = load_ggml()
+    properties = DeviceProperties()
+    ggml.backend_dev_get_props(handle, byref(properties))
+    registry = ggml.backend_dev_backend_reg(handle)
+    return Device(
+        handle,
+        (properties.name or b"?").decode(errors="replace"),
+        (properties.description or b"?").decode(errors="replace"),
+        (ggml.backend_reg_name(registry) or b"?").decode(errors="replace"),
+        _KINDS[properties.type] if 0 <= properties.type < len(_KINDS) else "meta",
+        bool(properties.events),
+        bool(properties.host_buffer),
+    )
