@@ -193,6 +193,14 @@ class Backend(_Owner):
         assert data.flags.c_contiguous
         self.ggml.backend_tensor_get(tensor.pointer, data.ctypes.data, offset, data.nbytes)
 
+    def view(self, tensor: Tensor) -> np.ndarray:
+        """A tensor's bytes in place, (n_bytes,) uint8, for as long as its memory lives: only where
+        `is_host`."""
+        assert self.is_host
+        n_bytes = self.ggml.nbytes(tensor.pointer)
+        address = self.ggml.get_data(tensor.pointer)
+        return np.ctypeslib.as_array((ctypes.c_uint8 * n_bytes).from_address(address))
+
     def clear(self, tensor: Tensor, offset: int, n_bytes: int) -> None:
         """Zero a part of a tensor."""
         self.ggml.backend_tensor_memset(tensor.pointer, 0, offset, n_bytes)

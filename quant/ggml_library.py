@@ -115,6 +115,7 @@ _FUNCTIONS: dict[str, tuple[object, list[object]]] = {
     "ggml_flash_attn_ext": (_T, [_P, _T, _T, _T, _T, _F, _F, _F]),
     "ggml_new_graph_custom": (_P, [_P, _Z, c_bool]),
     "ggml_build_forward_expand": (None, [_P, _T]),
+    "ggml_get_data": (_P, [_T]),
     "ggml_graph_n_nodes": (c_int, [_P]),
     "ggml_graph_node": (_T, [_P, c_int]),
     "ggml_op_desc": (c_char_p, [_T]),

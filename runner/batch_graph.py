@@ -63,8 +63,14 @@ class BatchGraph:
         self._positions.array[:] = np.arange(first_position, first_position + self.shape.n_tokens)
         self._cells.array[:] = cells
         self._parts.kv.cells.fill_mask(self._mask.array, first_position)
-        for port in (self._tokens, self._positions, self._cells, self._mask, self._last_token):
+        for port in (self._positions, self._cells, self._mask, self._last_token):
             port.upload()
+        embedding = self._parts.weights.embedding
+        if embedding is None:
+            self._tokens.upload()
+        else:
+            embedding.read(tokens, self._residual.array)
+            self._residual.upload()
         self.compute_ns = 0
         self._is_after_passes = False
 
@@ -167,7 +173,7 @@ class BatchGraph:
             return g
         batch = state.batch(g, self.shape)
         if index == 0:
-            residual = model.embed(g, weights, batch)
+            residual = self._embed(g, batch)
         else:
             residual = self._after_layer(g, index - 1, self.shape.n_tokens, is_after_passes)
         residual = self._attention(g, index, batch, residual)
@@ -181,6 +187,12 @@ class BatchGraph:
             model.dense_ffn(g, config, weights.layers[index], residual)
         return g
 
+    def _embed(self, g: Graph, batch: BatchTensors) -> Tensor:
+        """On a device of its own the host has uploaded the tokens' rows already."""
+        if self._parts.weights.embedding is not None:
+            return batch.residual
+        return model.embed(g, self._parts.weights, batch)
+
     def _after_layer(self, g: Graph, layer: int, n: int, is_after_passes: bool) -> Tensor:
         """The residual of n tokens behind `layer`, whose experts have yet to run if it has any."""
         state, slabs = self._parts.state, self._parts.slabs[layer]
@@ -191,7 +203,7 @@ class BatchGraph:
         if is_after_passes:
             k = self._parts.config.n_expert_used
             n_embd = self._parts.config.n_embd
-            outputs = g.reshape_3d(g.first_rows(state.pair_outputs, k * n), n_embd, k, n)
+            outputs = g.reshape_3d(g.first_rows(state.passes.outputs, k * n), n_embd, k, n)
             return model.sum_of_experts(g, outputs, weights, residual)
         inputs, slot_ids = g.first_rows(state.ffn_input, n), g.first_rows(state.slot_ids, n)
         return model.experts(g, slabs, inputs, slot_ids, weights, residual)
@@ -217,6 +229,7 @@ class BatchGraph:
         self._mask = HostPort(self._parts.backend, state.mask, state.host_mask(self.shape))
         self._last_token = self._port(state.last_token, (1,), np.int32)
         self._last_token.array[0] = n - 1
+        self._residual = self._port(state.residual, (n, self._parts.config.n_embd), np.float32)
         self._logits_port = self._port(state.logits, (self._parts.config.n_vocab,), np.float32)
         self._predicted = self._port(
             state.predicted_ids, (self._parts.config.n_expert_used,), np.int32

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from quant.ggml import Backend, Context
+from quant.ggml import Backend, Context, Tensor
 from quant.ggml_types import GGML_TYPES_BY_NAME
 from quant.graph import Graph
 from runner.kv_cache import KVCache, padded_context
@@ -28,6 +28,19 @@ class BatchShape:
     n_tokens: int
     n_kv: int  # visible cells of the KV cache
     is_trace: bool = False  # every layer routes every token, and no logits are made
+
+
+class PassTensors:
+    """What passes over experts (`ExpertPass`) read and write; n_pairs is the most of one pass."""
+
+    def __init__(
+        self, context: Context, config: ModelConfig, n_pairs: int, ffn_input: Tensor
+    ) -> None:
+        self.ffn_input = ffn_input  # (n_embd, n_batch) float32
+        self.tokens = context.tensor(_I32, n_pairs)
+        self.slots = context.tensor(_I32, 1, n_pairs)
+        self.pairs = context.tensor(_I64, n_pairs)
+        self.outputs = context.tensor(_F32, config.n_embd, n_pairs)
 
 
 class DeviceState:
@@ -57,10 +70,7 @@ class DeviceState:
         self.predicted_ids = context.tensor(_I32, pairs, 1)
         self.logits = context.tensor(_F32, config.n_vocab)
         n_pairs = pairs * n_batch if has_passes else 1
-        self.pair_outputs = context.tensor(_F32, config.n_embd, n_pairs)
-        self.pass_tokens = context.tensor(_I32, n_pairs)
-        self.pass_slots = context.tensor(_I32, 1, n_pairs)
-        self.pass_pairs = context.tensor(_I64, n_pairs)
+        self.passes = PassTensors(context, config, n_pairs, self.ffn_input)
         self._buffer = context.allocate(backend)
         self._host_mask = np.empty(n_batch * padded_context(n_ctx), np.float16)
 
@@ -100,6 +110,7 @@ class EngineParts:
     """What every graph of a model is built from."""
 
     backend: Backend
+    host: Backend  # the CPU; `backend` itself where there is no other device
     config: ModelConfig
     weights: Weights
     slabs: tuple[ExpertSlabs | None, ...]  # per layer, what slot ids count in; None = dense layer

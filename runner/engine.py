@@ -20,9 +20,11 @@ from runner.checks.file_check import check_unchanged
 from runner.checks.read_model import read_model
 from runner.config import EngineConfig
 from runner.device_state import BatchShape
+from runner.devices import choose_device
 from runner.engine_limits import choose_limits
 from runner.errors import CancelledError
-from runner.experts.cache_plan import plan_cache
+from runner.experts.cache_plan import CachePlan, plan_cache
+from runner.experts.device_plan import plan_device
 from runner.experts.expert_runner import ExpertRunner
 from runner.experts.miss_planner import MissPlanner
 from runner.graph_cache import GraphCache
@@ -69,15 +71,12 @@ class Engine:
             self.file = owned.enter_context(GGUFFile.open(path))
             self.model_config = model = read_model(self.file)
             self._limits = limits = choose_limits(config, model)
-            self.backend = backend = owned.enter_context(Backend.cpu(limits.n_threads))
-            self.cache_plan = plan = plan_cache(
-                config,
-                model,
-                model_sizes(self.file, model),
-                limits.n_ctx,
-                limits.n_batch,
-                available_memory_bytes(),
-            )
+            self._host = owned.enter_context(Backend.cpu(limits.n_threads))
+            device = choose_device(config.device)
+            self.backend = backend = self._host
+            if device.kind != "cpu":
+                self.backend = backend = owned.enter_context(Backend.on(device))
+            self.cache_plan = plan = self._plan()
             self.buddies = choose_policy(config, self.file, model, plan.n_slots)
             self.notes = model.notes + limits.notes + plan.notes + self.buddies.notes
             self.notes += loading.page_in_weights(self.file, plan, report, cancelled)
@@ -94,7 +93,10 @@ class Engine:
             self._usage = loading.open_usage(
                 config, self.file, model, self._cache, self.buddies.uses
             )
-            self._parts = loading.allocate(backend, self.file, model, limits, self._cache, owned)
+            self._parts = loading.allocate(
+                backend, self._host, self.file, model, limits, self._cache, owned
+            )
+            self._parts.weights.upload(backend, report, cancelled)
             self.notes += loading.scattered_notes(self._parts.weights)
             largest = BatchShape(limits.n_batch, padded_context(limits.n_ctx))
             self._graphs = GraphCache(self._parts, largest)
@@ -107,6 +109,14 @@ class Engine:
         self._verifier: Verifier | None = None
         if self._budget is not None and config.verify_every:
             self._verifier = Verifier(config.verify_every, self._parts.kv, self._stats)
+
+    def _plan(self) -> CachePlan:
+        """How many slots for experts the memory takes, of the device or of the host."""
+        sizes, available = model_sizes(self.file, self.model_config), available_memory_bytes()
+        settings = (self.config, self.model_config, sizes, self._limits.n_ctx, self._limits.n_batch)
+        if self.backend.is_host:
+            return plan_cache(*settings, available)
+        return plan_device(*settings, self.backend.device, available)
 
     def _make_planner(self) -> MissPlanner | None:
         if self._cache is None:
@@ -224,14 +234,14 @@ class Engine:
         n_cached = self._context.reuse(tokens)
         logits = np.empty(0, np.float32)
         on_prompt(n_cached, len(tokens), n_cached)
-        self.backend.set_n_threads(self._limits.n_threads_batch)
+        self._host.set_n_threads(self._limits.n_threads_batch)
         try:
             for start in range(n_cached, len(tokens), self._limits.n_batch):
                 batch = tokens[start : start + self._limits.n_batch]
                 logits = self._run(batch, is_prompt=True, cancelled=cancelled)
                 on_prompt(start + len(batch), len(tokens), n_cached)
         finally:
-            self.backend.set_n_threads(self.n_threads)
+            self._host.set_n_threads(self.n_threads)
         return logits
 
     def decode(self, token: int) -> np.ndarray:

@@ -1,18 +1,18 @@
-"""Computes some pairs of a batch by some experts, apart from the graphs of the layers.
+"""One graph that computes some pairs by some experts of one layer, and the graphs of all layers.
 
-Where a layer's experts are not all resident at once, they run one pass after the other: each
-gathers the inputs of its pairs, computes them and puts the outputs where `sum_of_experts` finds
-them. All pairs that an expert has in the batch belong into one pass: see `expert_outputs`.
+A pass gathers the inputs of its pairs, computes them and puts the outputs where `sum_of_experts`
+finds them. All pairs that an expert has in the batch belong into one pass: see `expert_outputs`.
 """
 
-import time
+from collections.abc import Callable
 
 import numpy as np
 
-from quant.ggml import GraphAllocator
+from quant.ggml import Backend, GraphAllocator
 from quant.graph import Graph, HostPort
 from runner import model
-from runner.device_state import EngineParts
+from runner.device_state import PassTensors
+from runner.model_config import ModelConfig
 from runner.weights import ExpertSlabs
 
 _MAX_NODES = 16
@@ -21,22 +21,38 @@ _MAX_NODES = 16
 class ExpertPass:
     """One graph: n_pairs pairs computed by the experts of one layer's slabs."""
 
-    def __init__(self, parts: EngineParts, slabs: ExpertSlabs, n_pairs: int) -> None:
-        state = parts.state
-        self._graph = g = Graph(parts.backend, _MAX_NODES)
-        tokens = g.matrix(state.pass_tokens, n_pairs, 1)
-        x = g.get_rows(state.ffn_input, tokens)  # (n_embd, n_pairs)
-        outputs = model.expert_outputs(g, slabs, x, g.first_rows(state.pass_slots, n_pairs))
-        rows = g.reshape_2d(outputs, parts.config.n_embd, n_pairs)
-        g.expand(g.set_rows(state.pair_outputs, rows, g.matrix(state.pass_pairs, n_pairs, 1)))
-        backend = parts.backend
-        self._tokens = HostPort(backend, state.pass_tokens, np.zeros(n_pairs, np.int32))
-        self._slots = HostPort(backend, state.pass_slots, np.zeros(n_pairs, np.int32))
-        self._pairs = HostPort(backend, state.pass_pairs, np.zeros(n_pairs, np.int64))
-        self._n_expert_used = parts.config.n_expert_used
+    def __init__(
+        self,
+        backend: Backend,
+        config: ModelConfig,
+        tensors: PassTensors,
+        slabs: ExpertSlabs,
+        n_pairs: int,
+        n_tokens: int,
+    ) -> None:
+        """n_tokens: of the batch, or any number above 1; of a single one all pairs have the input."""
+        self._graph = g = Graph(backend, _MAX_NODES)
+        self._has_one_token = n_tokens == 1
+        if self._has_one_token:  # the shape that the layer's graph has, so the same kernel
+            x = g.first_rows(tensors.ffn_input, 1)
+            slot_ids = g.matrix(tensors.slots, n_pairs, 1)
+        else:
+            x = g.get_rows(tensors.ffn_input, g.matrix(tensors.tokens, n_pairs, 1))
+            slot_ids = g.first_rows(tensors.slots, n_pairs)  # (1, n_pairs)
+        outputs = model.expert_outputs(g, slabs, x, slot_ids)
+        rows = g.reshape_2d(outputs, config.n_embd, n_pairs)
+        g.expand(g.set_rows(tensors.outputs, rows, g.matrix(tensors.pairs, n_pairs, 1)))
+        self._tokens = HostPort(backend, tensors.tokens, np.zeros(n_pairs, np.int32))
+        self._slots = HostPort(backend, tensors.slots, np.zeros(n_pairs, np.int32))
+        self._pairs = HostPort(backend, tensors.pairs, np.zeros(n_pairs, np.int64))
+        self._n_expert_used = config.n_expert_used
 
     def close(self) -> None:
         self._graph.close()
+
+    def check_support(self) -> None:
+        """Raise BackendError when the device cannot compute it."""
+        self._graph.check_support()
 
     def reserve(self, allocator: GraphAllocator) -> None:
         self._graph.reserve(allocator)
@@ -44,66 +60,97 @@ class ExpertPass:
     def lay_out(self, allocator: GraphAllocator) -> None:
         self._graph.lay_out_within(allocator)
 
-    def run(self, pairs: np.ndarray, slots: np.ndarray) -> None:
-        """Compute pairs (n_pairs,), each token * n_expert_used + rank; slots (n_pairs,)."""
+    def start(self, pairs: np.ndarray, slots: np.ndarray) -> None:
+        """Begin to compute pairs (n_pairs,), each token * n_expert_used + rank; slots (n_pairs,).
+
+        `Backend.synchronize` waits for the end.
+        """
         self._pairs.array[:] = pairs
-        np.floor_divide(pairs, self._n_expert_used, out=self._tokens.array, casting="unsafe")
         self._slots.array[:] = slots
-        for port in (self._pairs, self._tokens, self._slots):
-            port.upload()
-        self._graph.compute()
+        self._pairs.upload()
+        self._slots.upload()
+        if not self._has_one_token:
+            np.floor_divide(pairs, self._n_expert_used, out=self._tokens.array, casting="unsafe")
+            self._tokens.upload()
+        self._graph.start()
 
 
-class ExpertPasses:
-    """Builds passes and keeps the small ones, which decoding needs again and again."""
+class PassSet:
+    """The passes over all layers' slabs on one backend; keeps the small ones, which decoding
+    needs again and again."""
 
-    def __init__(self, parts: EngineParts, n_batch: int, allocator: GraphAllocator) -> None:
-        """Reserve memory for a pass of all pairs of n_batch tokens, where passes are possible."""
-        self._parts = parts
+    def __init__(
+        self,
+        backend: Backend,
+        config: ModelConfig,
+        tensors: PassTensors,
+        slabs: tuple[ExpertSlabs | None, ...],
+        allocator: GraphAllocator,
+    ) -> None:
+        """slabs of each layer; `allocator` must have been reserved, see `reserve`."""
+        self._backend = backend
+        self._config = config
+        self._tensors = tensors
+        self._slabs = slabs
         self._allocator = allocator
-        self._kept: dict[tuple[int, bool, int], ExpertPass] = {}
-        self.compute_ns = 0  # inside ggml, since the model was loaded
-        slabs = next((slabs for slabs in parts.slabs if slabs is not None), None)
-        if slabs is not None and parts.state.has_passes:
-            largest = ExpertPass(parts, slabs, n_batch * parts.config.n_expert_used)
-            largest.reserve(allocator)
+        self._kept: dict[tuple[int, int, bool], ExpertPass] = {}
+
+    def reserve(self, n_batch: int) -> None:
+        """Make the allocator large enough for a pass of all pairs of n_batch tokens.
+
+        Raises BackendError when the backend cannot compute passes.
+        """
+        layer = next((i for i, slabs in enumerate(self._slabs) if slabs is not None), None)
+        if layer is None:
+            return
+        largest = self._make(layer, n_batch * self._config.n_expert_used, n_batch)
+        try:
+            largest.reserve(self._allocator)
+            largest.check_support()
+        finally:
             largest.close()
 
-    def run(self, layer: int, on_host: bool, pairs: np.ndarray, slots: np.ndarray) -> int:
-        """Compute pairs by the layer's slots, or by the experts where they are mapped.
+    def has(self, layer: int) -> bool:
+        """Whether the layer has slabs."""
+        return self._slabs[layer] is not None
 
-        Shapes as in `ExpertPass.run`; on the host a slot is an expert. Returns nanoseconds.
+    def run(
+        self,
+        layer: int,
+        pairs: np.ndarray,
+        slots: np.ndarray,
+        n_tokens: int,
+        meanwhile: Callable[[], None] = lambda: None,
+    ) -> None:
+        """Compute pairs (n_pairs,) by slots (n_pairs,) of the layer's slabs, and call `meanwhile`.
+
+        n_tokens: of the batch.
         """
-        key = (layer, on_host, len(pairs))
+        key = (layer, len(pairs), n_tokens == 1)
         experts = self._kept.get(key) or self._build(key)
-        started = time.perf_counter_ns()
         try:
-            experts.run(pairs, slots)
+            experts.start(pairs, slots)
+            meanwhile()
         finally:
+            self._backend.synchronize()
             if key not in self._kept:
                 experts.close()
-        spent_ns = time.perf_counter_ns() - started
-        self.compute_ns += spent_ns
-        return spent_ns
-
-    def has_host(self, layer: int) -> bool:
-        """Whether the layer's experts can be computed where they are mapped."""
-        return self._parts.weights.layers[layer].experts is not None
-
-    def close(self) -> None:
-        self.drop_all()
 
     def drop_all(self) -> None:
+        """Forget what was laid out."""
         for experts in self._kept.values():
             experts.close()
         self._kept.clear()
 
-    def _build(self, key: tuple[int, bool, int]) -> ExpertPass:
-        layer, on_host, n_pairs = key
-        slabs = self._parts.weights.layers[layer].experts if on_host else self._parts.slabs[layer]
-        assert slabs is not None, "a layer without experts has no passes"
-        experts = ExpertPass(self._parts, slabs, n_pairs)
+    def _build(self, key: tuple[int, int, bool]) -> ExpertPass:
+        layer, n_pairs, has_one_token = key
+        experts = self._make(layer, n_pairs, 1 if has_one_token else n_pairs)
         experts.lay_out(self._allocator)
-        if n_pairs <= self._parts.config.n_expert_used:
+        if n_pairs <= self._config.n_expert_used:
             self._kept[key] = experts
         return experts
+
+    def _make(self, layer: int, n_pairs: int, n_tokens: int) -> ExpertPass:
+        slabs = self._slabs[layer]
+        assert slabs is not None, "a layer without experts has no passes"
+        return ExpertPass(self._backend, self._config, self._tensors, slabs, n_pairs, n_tokens)

@@ -6,7 +6,7 @@ from contextlib import closing
 from quant.ggml import GraphAllocator
 from runner.batch_graph import BatchGraph
 from runner.device_state import BatchShape, EngineParts
-from runner.expert_pass import ExpertPasses
+from runner.expert_passes import ExpertPasses
 
 _MAX_GRAPHS = 12  # the decode graph of every context block in use and a few prompt sizes
 

@@ -17,9 +17,14 @@ from runner.experts.expert_store import ExpertStore
 from runner.experts.usage_file import UsageFile
 from runner.kv_cache import KVCache
 from runner.model_config import ModelConfig
-from runner.model_sizes import is_expert_tensor, model_sizes
+from runner.model_sizes import is_expert_tensor
 from runner.page_in import page_in
 from runner.weights import Weights
+
+_SLOW_MISSES = (
+    "The experts do not fit into the free memory beside the GPU's: those that are missing there "
+    "come from disk."
+)
 
 
 def page_in_weights(
@@ -28,14 +33,17 @@ def page_in_weights(
     report: Callable[[str, int, int], None],
     cancelled: Callable[[], bool],
 ) -> tuple[str, ...]:
-    """Read what is used in place: everything, or all but the experts if they have slots.
+    """Read what is used in place: everything, or all but the experts if they have slots; for a
+    device, the experts that the host computes.
 
     Returns what the user should know. Raises CancelledError.
     """
+    if plan.is_on_device and not plan.has_room_for_experts:
+        return (_SLOW_MISSES,)
     parts = [
         tensor.range
         for tensor in file.tensors.values()
-        if not (plan.n_slots and is_expert_tensor(tensor.name))
+        if plan.is_on_device == (bool(plan.n_slots) and is_expert_tensor(tensor.name))
     ]
     if page_in(file, parts, report, cancelled):
         return ()
@@ -48,9 +56,7 @@ def make_cache(
     """The experts' slots, still empty; None where experts are used in place."""
     if not plan.n_slots:
         return None
-    all_bytes = plan.n_bytes + plan.other_bytes + model_sizes(file, model).all_experts_bytes
-    has_room = plan.available_bytes is None or all_bytes <= plan.available_bytes
-    store = ExpertStore(file, model, has_room)
+    store = ExpertStore(file, model, plan.has_room_for_experts)
     return ExpertCache(backend, file, model, store, plan.n_slots, policy)
 
 
@@ -78,14 +84,18 @@ def open_usage(
 
 def allocate(
     backend: Backend,
+    host: Backend,
     file: GGUFFile,
     model: ModelConfig,
     limits: EngineLimits,
     cache: ExpertCache | None,
     owned: ExitStack,
 ) -> EngineParts:
-    """Weights in place, context and state; `owned` closes them."""
-    weights = Weights(file, model, backend, limits.n_ctx, copies_experts=cache is None)
+    """Memory of weights, context and state; `owned` closes them. `host` is the CPU.
+
+    Raises OutOfMemoryError.
+    """
+    weights = Weights(file, model, backend, host, limits.n_ctx, copies_experts=cache is None)
     owned.callback(weights.close)
     kv = KVCache(backend, model, limits.n_ctx, limits.type_k, limits.type_v)
     owned.callback(kv.close)
@@ -94,7 +104,7 @@ def allocate(
     in_place = tuple(layer.experts for layer in weights.layers)
     slabs = cache.slabs if cache is not None else in_place
     predicts = cache is not None and cache.reads_ahead
-    return EngineParts(backend, model, weights, slabs, kv, state, predicts)
+    return EngineParts(backend, host, model, weights, slabs, kv, state, predicts)
 
 
 def scattered_notes(weights: Weights) -> tuple[str, ...]:

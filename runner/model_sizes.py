@@ -37,6 +37,7 @@ class ModelSizes:
     n_params_one_expert: int  # as if every layer had a single expert, which is always used
     all_experts_bytes: int
     non_expert_bytes: int
+    embedding_bytes: int = 0  # of the token embedding, where it is not the output as well
 
     @property
     def n_bytes(self) -> int:
@@ -62,7 +63,7 @@ def model_sizes(file: GGUFFile, config: ModelConfig) -> ModelSizes:
     n_params = sum(tensor.n_elements for tensor in file.tensors.values())
     n_bytes = sum(tensor.n_bytes for tensor in file.tensors.values())
     if not config.is_moe:
-        return ModelSizes(n_params, n_params, (), n_params, 0, n_bytes)
+        return ModelSizes(n_params, n_params, (), n_params, 0, n_bytes, _embedding_bytes(file))
     expert_bytes = tuple(
         expert_ranges(file, config, layer, 0).n_bytes for layer in range(config.n_layer)
     )
@@ -76,7 +77,13 @@ def model_sizes(file: GGUFFile, config: ModelConfig) -> ModelSizes:
         n_params_without + n_params_expert,
         all_experts_bytes,
         n_bytes - all_experts_bytes,
+        _embedding_bytes(file),
     )
+
+
+def _embedding_bytes(file: GGUFFile) -> int:
+    is_apart = "output.weight" in file.tensors
+    return file.tensors["token_embd.weight"].n_bytes if is_apart else 0
 
 
 def kv_bytes_per_token(config: ModelConfig, type_k: str = "f16", type_v: str = "f16") -> int:

@@ -1,5 +1,10 @@
-"""The model's weights as device tensors, used in place over the mapped file. Knows no graph."""
+"""The model's weights as tensors: in place over the mapped file, or copied to a device.
 
+With a device beside the CPU everything but the experts and the token embedding is copied there;
+those stay mapped, where the CPU can use them. Knows no graph.
+"""
+
+from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass
 from itertools import pairwise
@@ -7,8 +12,12 @@ from itertools import pairwise
 import numpy as np
 
 from quant.ggml import Backend, Context, Tensor
-from quant.gguf_file import GGUFFile, TensorInfo
+from quant.gguf_file import ByteRange, GGUFFile, TensorInfo
+from runner.embedding import Embedding
+from runner.errors import CancelledError
 from runner.model_config import ModelConfig
+
+_PIECE_BYTES = 16 << 20  # copied to a device at once
 
 
 @dataclass(frozen=True)
@@ -45,30 +54,62 @@ class LayerWeights:
 
 
 class Weights:
-    """All weights of a model on one backend; `file` must stay open until `close`."""
+    """All weights of a model; `file` must stay open until `close`."""
 
     def __init__(
-        self, file: GGUFFile, config: ModelConfig, backend: Backend, n_ctx: int,
+        self, file: GGUFFile, config: ModelConfig, backend: Backend, host: Backend, n_ctx: int,
         copies_experts: bool = True,
     ) -> None:  # fmt: skip
-        """copies_experts: experts that cannot be used in place are copied; else left out."""
+        """copies_experts: experts that cannot be used in place are copied; else left out.
+
+        `host` is the CPU. On another backend nothing is there before `upload`; raises
+        OutOfMemoryError.
+        """
         self._file = file
-        self._backend = backend
+        self._host = host
         self._copies_experts = copies_experts
         self._n_copied_bytes = 0
+        self._to_upload: dict[str, Tensor] | None = None if backend.is_host else {}
+        self.embedding = None if backend.is_host else Embedding(file)
         with ExitStack() as owned:
             self._owned = owned
-            self._context = owned.enter_context(Context(backend.ggml, len(file.tensors) + 1))
+            n_tensors = len(file.tensors) + 1
+            self._context = owned.enter_context(Context(host.ggml, n_tensors))
             self._mappings = [
-                owned.enter_context(backend.wrap(file.mapping(i))) for i in range(len(file.paths))
+                owned.enter_context(host.wrap(file.mapping(i))) for i in range(len(file.paths))
             ]
+            self._device_context = owned.enter_context(Context(host.ggml, n_tensors))
             self._place(config, n_ctx)
+            if self._to_upload:
+                owned.enter_context(self._device_context.allocate(backend))
             self._owned = owned.pop_all()
 
+    def upload(
+        self,
+        backend: Backend,
+        on_progress: Callable[[str, int, int], None],
+        cancelled: Callable[[], bool],
+    ) -> None:
+        """Copy to the device what belongs there; nothing on the CPU. Raises CancelledError,
+        GGUFError."""
+        tensors = self._to_upload or {}
+        done, total = 0, sum(self._file.tensors[name].n_bytes for name in tensors)
+        piece = np.empty(_PIECE_BYTES, np.uint8)
+        for name, tensor in tensors.items():
+            info = self._file.tensors[name]
+            for start in range(0, info.n_bytes, _PIECE_BYTES):
+                if cancelled():
+                    raise CancelledError
+                part = piece[: min(_PIECE_BYTES, info.n_bytes - start)]
+                self._file.read(ByteRange(info.shard, info.offset + start, part.nbytes), part)
+                backend.write(tensor, part, start)
+                done += part.nbytes
+                on_progress(f"copying weights to {backend.device.name}", done, total)
+
     def _place(self, config: ModelConfig, n_ctx: int) -> None:
-        self.token_embd = self._tensor("token_embd.weight")
+        self.token_embd = self._mapped("token_embd.weight")
         self.output_norm = self._tensor("output_norm.weight")
-        self.output = self._optional("output.weight") or self.token_embd
+        self.output = self._optional("output.weight") or self._tied_output()
         rope_factors = config.rope_factors_tensor(self._file, n_ctx)
         self.rope_factors = self._tensor(rope_factors) if rope_factors else None
         self.layers = tuple(self._layer(config, layer) for layer in range(config.n_layer))
@@ -108,9 +149,9 @@ class Weights:
         return ExpertSlabs(gate, up, down)
 
     def _slab(self, config: ModelConfig, layer: int, part: str) -> Tensor | None:
-        merged = self._optional(f"blk.{layer}.ffn_{part}_exps.weight")
-        if merged is not None:
-            return merged
+        merged = f"blk.{layer}.ffn_{part}_exps.weight"
+        if merged in self._file.tensors:
+            return self._mapped(merged)
         infos = [
             self._file.tensors[f"blk.{layer}.ffn_{part}.{expert}.weight"]
             for expert in range(config.n_expert)
@@ -125,16 +166,29 @@ class Weights:
 
     def _copied_slab(self, infos: list[TensorInfo]) -> Tensor:
         """Experts that lie unevenly in the file cannot be one tensor in place: copy them."""
-        context = self._owned.enter_context(Context(self._backend.ggml, 1))
+        context = self._owned.enter_context(Context(self._host.ggml, 1))
         slab = context.tensor(infos[0].type.id, *infos[0].shape, len(infos))
-        self._n_copied_bytes += self._owned.enter_context(context.allocate(self._backend)).n_bytes
+        self._n_copied_bytes += self._owned.enter_context(context.allocate(self._host)).n_bytes
         for expert, info in enumerate(infos):
             data = np.empty(info.n_bytes, np.uint8)
             self._file.read(info.range, data)
-            self._backend.write(slab, data, expert * info.n_bytes)
+            self._host.write(slab, data, expert * info.n_bytes)
         return slab
 
+    def _tied_output(self) -> Tensor:
+        """The head of a model whose file has none is its embedding."""
+        return self.token_embd if self._to_upload is None else self._tensor("token_embd.weight")
+
     def _tensor(self, name: str) -> Tensor:
+        """A weight where the graphs of the layers compute."""
+        if self._to_upload is None:
+            return self._mapped(name)
+        info = self._file.tensors[name]
+        self._to_upload[name] = tensor = self._device_context.tensor(info.type.id, *info.shape)
+        return tensor
+
+    def _mapped(self, name: str) -> Tensor:
+        """A weight in place, for the CPU."""
         info = self._file.tensors[name]
         tensor = self._context.tensor(info.type.id, *info.shape)
         self._mappings[info.shard].place(tensor, info.offset)

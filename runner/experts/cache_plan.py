@@ -24,6 +24,8 @@ class CachePlan:
     available_bytes: int | None  # memory of this machine before loading, control groups included
     other_bytes: int  # all but the experts: weights, full KV cache, compute memory, headroom
     notes: tuple[str, ...] = ()  # what the user should know, each one sentence
+    is_on_device: bool = False  # the memory above is that of a device beside the CPU
+    has_room_for_experts: bool = True  # the host's memory holds the file's experts besides
 
     @property
     def left_bytes(self) -> int | None:
@@ -47,7 +49,7 @@ def plan_cache(
     loading, None if unknown. Raises OptionError; a budget that is too small is answered with the
     smallest that works.
     """
-    _check_flags(config, model)
+    check_flags(config, model, model.n_expert_used)
     other = other_memory(config, model, sizes, n_ctx, n_batch, available)
     if not _needs_cache(config, sizes, other, available):
         return CachePlan((), 0, 0, available, other.n_bytes)
@@ -61,7 +63,9 @@ def plan_cache(
     if min(n_slots) < model.n_expert_used:
         raise OptionError(_shortage(config, model, costs, other, plan))
     _check_room(config, plan)
-    return replace(plan, notes=_notes(plan))
+    all_bytes = plan.n_bytes + plan.other_bytes + sizes.all_experts_bytes
+    has_room = available is None or all_bytes <= available
+    return replace(plan, notes=_notes(plan), has_room_for_experts=has_room)
 
 
 def slot_bytes(expert_bytes: int) -> int:
@@ -92,17 +96,17 @@ def share_out(budget: int, costs: Sequence[int], n_expert: int) -> tuple[int, ..
     return tuple(n_slots)
 
 
-def _check_flags(config: EngineConfig, model: ModelConfig) -> None:
-    """Refuse what no amount of memory makes possible."""
+def check_flags(config: EngineConfig, model: ModelConfig, n_smallest: int) -> None:
+    """Refuse what no amount of memory makes possible; n_smallest: slots of a layer at least."""
     n_slots, n_used, n_expert = config.moe_cache_slots, model.n_expert_used, model.n_expert
     flag = f"--moe-cache-slots {n_slots}" if n_slots else "--moe-cache"
     if not model.is_moe and (n_slots or config.moe_cache_bytes > 0):
         raise OptionError(f"{flag}: this model has no experts; leave the flag out")
     if n_slots and config.moe_cache_bytes == MOE_CACHE_OFF:
         raise OptionError(f"{flag} contradicts --moe-cache off: leave one of them out")
-    if n_slots and not n_used <= n_slots <= n_expert:
+    if n_slots and not n_smallest <= n_slots <= n_expert:
         raise OptionError(
-            f"{flag}: expected {n_used} to {n_expert}; a layer of this model has {n_expert} "
+            f"{flag}: expected {n_smallest} to {n_expert}; a layer of this model has {n_expert} "
             f"experts and a token uses {n_used} of them"
         )
 

@@ -4,6 +4,7 @@ Knows no graph and no policy of misses.
 """
 
 import mmap
+from collections.abc import Callable
 from contextlib import ExitStack
 from functools import partial
 
@@ -11,6 +12,7 @@ import numpy as np
 
 from quant.ggml import Backend
 from quant.gguf_file import GGUFFile
+from runner.experts.device_slots import DeviceSlots
 from runner.experts.expert_store import ExpertStore
 from runner.experts.prefetcher import Load, Prefetcher
 from runner.experts.slot_memory import Parts, SlotMemory, private_memory
@@ -38,12 +40,18 @@ class ExpertCache:
         self.table = SlotTable(n_slots, config.n_expert, policy)
         self.store = store
         with ExitStack() as owned:
-            self._memory = SlotMemory(backend, file, config, n_slots)
+            self._memory: SlotMemory | DeviceSlots
+            if backend.is_host:
+                self._memory = SlotMemory(backend, file, config, n_slots)
+                read: Callable[[Load], None] = partial(_read, store)
+            else:
+                self._memory = DeviceSlots(backend, file, config, store, n_slots)
+                read = self._memory.fill
             owned.callback(self._memory.close)
-            self._staging = memoryview(private_memory(self._memory.staging_bytes))
+            self._staging = memoryview(private_memory(max(1, self._memory.staging_bytes)))
             if self.reads_ahead:  # take the memory now, not when a guess first comes so far
                 np.frombuffer(self._staging, np.uint8)[:: mmap.PAGESIZE] = 0
-            self._prefetcher = Prefetcher(partial(_read, store), sum(n_slots) + _N_GUESSES)
+            self._prefetcher = Prefetcher(read, sum(n_slots) + _N_GUESSES)
             owned.callback(self._prefetcher.close)
             self._owned = owned.pop_all()
         self._under_way: list[Load] = []
@@ -67,6 +75,11 @@ class ExpertCache:
     def slabs(self) -> tuple[ExpertSlabs, ...]:
         """The slots of each layer as tensors."""
         return self._memory.slabs
+
+    @property
+    def is_on_device(self) -> bool:
+        """Whether the slots are in memory of their own, not the host's."""
+        return isinstance(self._memory, DeviceSlots)
 
     @property
     def n_bytes(self) -> int:
@@ -99,6 +112,7 @@ class ExpertCache:
         self._prefetcher.request(load)
         self._under_way.append(load)
         if guess is not None:
+            assert guess.parts is not None and load.parts is not None
             _copy_start(guess.parts, load.parts, guess.n_read_bytes)
         return load
 
@@ -150,6 +164,7 @@ class ExpertCache:
         if not self._can_guess(layer, expert):
             return None
         parts = self._memory.staging_parts(layer, self._staging)
+        assert parts is not None
         self._guess = guess = Load(layer, expert, _NO_SLOT, parts)
         self._prefetcher.request(guess)
         return guess
@@ -161,11 +176,12 @@ class ExpertCache:
 
     def _can_guess(self, layer: int, expert: int) -> bool:
         parts = self._memory.staging_parts(layer, self._staging)
-        return self.store.can_read_ahead(layer, expert, parts)
+        return parts is not None and self.store.can_read_ahead(layer, expert, parts)
 
 
 def _read(store: ExpertStore, load: Load) -> None:
-    """What the prefetcher's thread does with a load."""
+    """What the prefetcher's thread does with a load into memory of the host."""
+    assert load.parts is not None
     if load.slot == _NO_SLOT:
         load.n_read_bytes = store.read_ahead(
             load.layer, load.expert, load.parts, lambda: not load.is_unwanted

@@ -9,7 +9,7 @@ from dataclasses import replace
 import numpy as np
 
 from runner.batch_graph import BatchGraph
-from runner.expert_pass import ExpertPasses
+from runner.expert_passes import ExpertPasses
 from runner.experts.expert_cache import ExpertCache
 from runner.experts.miss_planner import MissPlanner
 from runner.experts.prefetcher import Load
@@ -63,7 +63,7 @@ class ExpertRunner:
     def _time_pair(self, slot: int, on_host: bool) -> None:
         pair = np.zeros(1, np.int64)
         for _ in range(_N_WARM_UP + 1):
-            spent_ns = self._passes.run(0, on_host, pair, np.array([slot]))
+            spent_ns = self._passes.run(0, on_host, pair, np.array([slot]), n_tokens=1)
         store = self._cache.store
         store.observe_compute(store.n_bytes(0), spent_ns / 1e9, on_host)
 
@@ -72,9 +72,12 @@ class ExpertRunner:
 
         Not where slots are pinned to what is used first, nor where the file is likely in memory.
         """
-        table = self._cache.table
-        if self._cache.store.is_direct and (table.policy != "static" or table.favourites(0)):
-            self._cache.start_filling()
+        table, cache = self._cache.table, self._cache
+        reads_slowly = cache.is_on_device or cache.store.is_direct
+        if reads_slowly and (table.policy != "static" or table.favourites(0)):
+            table.policy != "static" or table.favourites(0)
+        ):
+            cache.start_filling()
 
     def _stop_filling(self) -> None:
         started = time.perf_counter_ns()

@@ -15,6 +15,7 @@ from quant.gguf_file import ByteRange, GGUFFile
 from quant.read_only_file import BLOCK_BYTES, round_up
 from runner.checks.file_check import check_unchanged
 from runner.experts.slot_memory import Parts, SlotPart
+from runner.experts.uploads import Piece
 from runner.model_config import ModelConfig
 from runner.model_sizes import ExpertRanges, expert_ranges
 
@@ -81,6 +82,25 @@ class ExpertStore:
                 self._file.read(part, target.matrix)
                 if self._drops_pages:
                     self._file.forget(part)
+        check_unchanged(self._file)
+
+    def read_piece(self, piece: Piece, memory: memoryview) -> memoryview:
+        """Read a part of an expert into aligned memory that is two blocks larger; returns where
+        it is. Raises GGUFError. See `check`."""
+        if not self.is_direct:
+            data = memory[: piece.n_bytes]
+            part = ByteRange(piece.shard, piece.offset, piece.n_bytes)
+            self._file.read(part, data)
+            if self._drops_pages:
+                self._file.forget(part)
+            return data
+        before = piece.offset % BLOCK_BYTES
+        blocks = memory[: round_up(before + piece.n_bytes, BLOCK_BYTES)]
+        self._file.read_direct(piece.shard, piece.offset - before, blocks)
+        return blocks[before : before + piece.n_bytes]
+
+    def check(self) -> None:
+        """Raise ModelError when the file is not the one that was opened any more."""
         check_unchanged(self._file)
 
     def read_ahead(

@@ -9,7 +9,7 @@ import numpy as np
 
 from runner import miss_policy
 from runner.batch_graph import BatchGraph
-from runner.expert_pass import ExpertPasses
+from runner.expert_passes import ExpertPasses
 from runner.experts.expert_cache import ExpertCache
 from runner.miss_policy import Choice, Routing, RoutingPlan, ServedWeight
 from runner.standins.buddy_policy import BuddyPolicy

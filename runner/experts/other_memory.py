@@ -52,6 +52,23 @@ def other_memory(
     )
 
 
+def device_memory(
+    config: EngineConfig, model: ModelConfig, sizes: ModelSizes, n_ctx: int, n_batch: int
+) -> OtherMemory:
+    """Memory that a device beside the CPU needs besides the experts' slots.
+
+    The token embedding stays on the host unless it is the output as well.
+    """
+    per_token = kv_bytes_per_token(model, config.cache_type_k, config.cache_type_v)
+    compute_bytes = graph_bytes(model, n_batch) + state_bytes(model, n_ctx, n_batch)
+    return OtherMemory(
+        weights_bytes=sizes.non_expert_bytes - sizes.embedding_bytes,
+        kv_bytes=per_token * n_ctx,
+        compute_bytes=compute_bytes,
+        headroom_bytes=config.fit_margin_bytes,
+    )
+
+
 def graph_bytes(model: ModelConfig, n_batch: int) -> int:
     """Intermediate values of the largest graph; they share memory from layer to layer."""
     attention = model.n_embd + 2 * model.n_embd_q + model.n_embd_kv

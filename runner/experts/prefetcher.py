@@ -20,7 +20,7 @@ class Load:
     layer: int
     expert: int
     slot: int  # -1 = into staging memory, as a guess
-    parts: Parts  # lent until `is_done`
+    parts: Parts | None  # lent until `is_done`; None = the slot is on a device
     n_skipped_bytes: int = 0  # at the start of `parts`, which are not to be read
     is_unwanted: bool = False  # set by the engine's thread: do not begin, or stop between reads
     n_read_bytes: int = 0  # written by the reading thread before it is done

@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from runner.expert_pass import ExpertPasses
+from runner.expert_passes import ExpertPasses
 from runner.experts.expert_cache import ExpertCache
 from runner.experts.prefetcher import Load
 from runner.miss_policy import RoutingPlan
@@ -63,9 +63,7 @@ class Streaming:
             self._read_on()
             if not self._waiting:
                 on_all_asked()
-            self._compute_hits()
-            if self._plan.on_host:
-                self._compute(self._plan.on_host, on_host=True)
+            self._compute_resident_and_host()
             while self._reading or self._waiting:
                 if not self._reading:  # what was spared is pinned now; the hits are computed
                     table.release(layer)
@@ -102,6 +100,16 @@ class Streaming:
         if others:
             self._compute(others)
 
+    def _compute_resident_and_host(self) -> None:
+        """With a device both at once, unless residents have to make room first."""
+        on_host = self._plan.on_host
+        if on_host and self._hits and self._passes.has_device and not self._waiting:
+            self._compute_beside(self._hits, on_host)
+            return
+        self._compute_hits()
+        if on_host:
+            self._compute(on_host, on_host=True)
+
     def _hits_that_make_room(self) -> list[int]:
         """The resident experts that leave: those not worth keeping, and never too few."""
         kept = self._worth_keeping()
@@ -128,12 +136,31 @@ class Streaming:
 
     def _compute(self, experts: Sequence[int], on_host: bool = False) -> None:
         """Compute all pairs of these experts, in the order of the batch."""
+        pairs, of_pair = self._pairs(experts)
+        slots = of_pair if on_host else self._table.slot_of[self._layer][of_pair]
+        n_tokens = len(self._plan.experts)
+        spent_ns = self._passes.run(self._layer, on_host, pairs, slots, n_tokens)
+        self._observe(experts, spent_ns, on_host)
+
+    def _compute_beside(self, hits: Sequence[int], on_host: Sequence[int]) -> None:
+        """Compute the hits' pairs on the device while the host computes the others'."""
+        pairs, of_pair = self._pairs(hits)
+        slots = self._table.slot_of[self._layer][of_pair]
+        n_tokens = len(self._plan.experts)
+        host_ns = self._passes.run_beside(
+            self._layer, pairs, slots, *self._pairs(on_host), n_tokens
+        )
+        self._observe(on_host, host_ns, on_host=True)
+
+    def _pairs(self, experts: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
+        """The pairs of these experts in the order of the batch, and the expert of each."""
         pairs = self._pairs_of[experts[0]]
         if len(experts) > 1:
             pairs = np.sort(np.concatenate([self._pairs_of[expert] for expert in experts]))
-        of_pair = self._plan.experts.ravel()[pairs]
-        slots = of_pair if on_host else self._table.slot_of[self._layer][of_pair]
-        spent_ns = self._passes.run(self._layer, on_host, pairs, slots)
+        return pairs, self._plan.experts.ravel()[pairs]
+
+    def _observe(self, experts: Sequence[int], spent_ns: int, on_host: bool) -> None:
+        """Keep the cost of one token's pairs current."""
         if len(self._plan.experts) == 1:
             n_bytes = self._cache.store.n_bytes(self._layer) * len(experts)
             self._cache.store.observe_compute(n_bytes, spent_ns / 1e9, on_host)

@@ -1,0 +1,132 @@
+"""How many slots for experts the memory of a device buys. Allocates nothing."""
+
+from dataclasses import replace
+
+from quant.devices import Device
+from runner.byte_sizes import bytes_text, flag_text
+from runner.config import MOE_CACHE_AUTO, MOE_CACHE_OFF, EngineConfig
+from runner.errors import OptionError
+from runner.experts.cache_plan import CachePlan, check_flags, share_out
+from runner.experts.other_memory import OtherMemory, device_memory, other_memory
+from runner.model_config import ModelConfig
+from runner.model_sizes import ModelSizes
+
+_ALIGNMENT_BYTES = 4096  # a device may begin each slab at a round address
+_MATRICES = 3
+_FEWER = 0.9  # of the slots, after the device had less memory than it said
+
+
+def plan_device(
+    config: EngineConfig,
+    model: ModelConfig,
+    sizes: ModelSizes,
+    n_ctx: int,
+    n_batch: int,
+    device: Device,
+    host_available: int | None,
+) -> CachePlan:
+    """Give the slots what the other weights, keys and values and graphs leave of the device.
+
+    `host_available`: free memory of the host, None if unknown. Raises OptionError that says what
+    takes the memory, and what to do.
+    """
+    check_flags(config, model, n_smallest=1)
+    available, _ = device.memory_bytes()
+    other = device_memory(config, model, sizes, n_ctx, n_batch)
+    host = other_memory(config, model, sizes, n_ctx, n_batch, host_available)
+    has_room = host_available is None or sizes.all_experts_bytes + host.headroom_bytes < (
+        host_available
+    )
+    plan = CachePlan((), 0, 0, available, other.n_bytes, (), True, has_room)
+    if not sizes.expert_bytes:
+        _check_fits(config, device, other, available)
+        return plan
+    if config.moe_cache_bytes == MOE_CACHE_OFF:
+        raise OptionError(
+            f"--moe-cache off: without slots for experts on {device.name} there is nothing to gain "
+            "from it; use --device cpu, or leave the flag out"
+        )
+    budget = _budget(config, sizes, other, available)
+    n_slots = (config.moe_cache_slots,) * model.n_layer
+    if not config.moe_cache_slots:
+        n_slots = share_out(budget, _costs(sizes), model.n_expert)
+    plan = replace(plan, n_slots=n_slots, n_bytes=_n_bytes(n_slots, sizes), budget_bytes=budget)
+    if min(n_slots) < 1:
+        raise OptionError(_shortage(device, sizes, other, plan))
+    _check_room(config, device, other, plan)
+    return replace(plan, notes=_notes(device, plan))
+
+
+def with_fewer_slots(plan: CachePlan, sizes: ModelSizes) -> CachePlan | None:
+    """The plan to try when the device refused this one; None when there is no smaller."""
+    n_slots = share_out(int(plan.n_bytes * _FEWER), _costs(sizes), max(plan.n_slots, default=0))
+    if not plan.n_slots or min(n_slots) < 1:
+        return None
+    text = f"The GPU had less memory than it said: {min(n_slots)} slots per layer instead of "
+    text += f"{min(plan.n_slots)}."
+    notes = (*(note for note in plan.notes if not note.startswith("The GPU had")), text)
+    return replace(plan, n_slots=n_slots, n_bytes=_n_bytes(n_slots, sizes), notes=notes)
+
+
+def _costs(sizes: ModelSizes) -> tuple[int, ...]:
+    return tuple(n_bytes + _MATRICES * _ALIGNMENT_BYTES for n_bytes in sizes.expert_bytes)
+
+
+def _n_bytes(n_slots: tuple[int, ...], sizes: ModelSizes) -> int:
+    return sum(n * cost for n, cost in zip(n_slots, _costs(sizes), strict=True))
+
+
+def _budget(config: EngineConfig, sizes: ModelSizes, other: OtherMemory, available: int) -> int:
+    if config.moe_cache_bytes != MOE_CACHE_AUTO:
+        return config.moe_cache_bytes
+    if config.moe_cache_slots:
+        return config.moe_cache_slots * sum(_costs(sizes))
+    return max(0, available - other.n_bytes)
+
+
+def _check_fits(config: EngineConfig, device: Device, other: OtherMemory, available: int) -> None:
+    """A model without experts is on the device as a whole, or not at all."""
+    if other.n_bytes - other.headroom_bytes > available:
+        raise OptionError(f"{_taken(device, other, available)}: use --device cpu")
+
+
+def _shortage(device: Device, sizes: ModelSizes, other: OtherMemory, plan: CachePlan) -> str:
+    smallest = sum(_costs(sizes))
+    return (
+        f"{_taken(device, other, plan.available_bytes or 0)}; one expert of each layer takes "
+        f"{bytes_text(smallest)}: use a smaller -c, -b or --fit-margin, or --device cpu"
+    )
+
+
+def _taken(device: Device, other: OtherMemory, available: int) -> str:
+    return (
+        f"{device.name} has {bytes_text(available)} of memory free and the model takes "
+        f"{bytes_text(other.n_bytes)} besides its experts (weights "
+        f"{bytes_text(other.weights_bytes)}, keys and values {bytes_text(other.kv_bytes)}, "
+        f"compute memory {bytes_text(other.compute_bytes)}, margin "
+        f"{bytes_text(other.headroom_bytes)})"
+    )
+
+
+def _check_room(config: EngineConfig, device: Device, other: OtherMemory, plan: CachePlan) -> None:
+    """Refuse slots that cannot be had; what only cuts into the margin is the user's choice."""
+    flag = f"--moe-cache-slots {config.moe_cache_slots}" if config.moe_cache_slots else ""
+    if plan.n_bytes > plan.budget_bytes:
+        raise OptionError(
+            f"{flag} takes {bytes_text(plan.n_bytes)} and --moe-cache allows "
+            f"{bytes_text(plan.budget_bytes)}: leave one of them out, or use --moe-cache "
+            f"{flag_text(plan.n_bytes)}"
+        )
+    room = (plan.available_bytes or 0) - (other.n_bytes - other.headroom_bytes)
+    if plan.n_bytes > room:
+        raise OptionError(
+            f"{flag or '--moe-cache'}: the slots take {bytes_text(plan.n_bytes)} and "
+            f"{device.name} has {bytes_text(max(0, room))} for them: use a smaller one, or leave "
+            "it out"
+        )
+
+
+def _notes(device: Device, plan: CachePlan) -> tuple[str, ...]:
+    if plan.left_bytes is None or plan.left_bytes >= 0:
+        return ()
+    return (f"Less than --fit-margin of {device.name}'s memory is left free.",)
