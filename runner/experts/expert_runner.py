@@ -75,8 +75,6 @@ class ExpertRunner:
         table, cache = self._cache.table, self._cache
         reads_slowly = cache.is_on_device or cache.store.is_direct
         if reads_slowly and (table.policy != "static" or table.favourites(0)):
-            table.policy != "static" or table.favourites(0)
-        ):
             cache.start_filling()
 
     def _stop_filling(self) -> None:
