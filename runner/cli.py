@@ -186,6 +186,12 @@ def _profile_command(**params: Any) -> None:
     profile_model(_chosen_model(params), params, os.environ)
 
 
+def _doctor_command(**params: Any) -> None:
+    from runner.terminal.doctor_command import examine_machine
+
+    click.get_current_context().exit(examine_machine(params, os.environ))
+
+
 def _chosen_model(params: Params) -> str:
     context = click.get_current_context()
     if params["word"] and options.is_on_command_line(context, "model"):
@@ -316,6 +322,19 @@ commands = DefaultGroup(
             help="Measure which experts of MODEL can stand in for which, once for a model: a text"
             " is run, and the experts are compared on it. An interrupted profile is continued by"
             " the same command. Needs PyTorch: pip install 'buddyrun[profile]'.",
+        ),
+        FlagCommand(
+            "doctor",
+            params=[
+                options.switch("--json", "as_json", help="Print JSON."),
+                options.switch("--no-measure", "no_measure", help="Measure nothing: at once."),
+                options.VERBOSE_FLAG,
+            ],
+            callback=_doctor_command,
+            short_help="Tell what this machine can compute on",
+            help="Tell what this machine can compute on: the backends of the installed"
+            " llama-cpp-python, the devices they show and how fast the memory of each is, and the"
+            " GPUs that cannot be used, with the command that mends it.",
         ),
     ],
 )

@@ -11,6 +11,7 @@ from typing import Any, Self
 
 from runner import errors, protocol
 from runner.config import EngineConfig, GenerateRequest
+from runner.doctor_report import DoctorReport
 from runner.errors import BuddyrunError, CancelledError, InternalError, WorkerDiedError
 from runner.process.worker_death import Circumstances, explain
 from runner.process.worker_process import WorkerProcess
@@ -18,6 +19,7 @@ from runner.protocol import (
     BenchFields,
     BenchSample,
     BenchTest,
+    DoctorFields,
     FrontierFields,
     GenerateFields,
     GenerateResult,
@@ -34,8 +36,8 @@ from runner.quality.evaluation import Evaluation, RunProgress, WindowDone
 from runner.quality.frontier import FrontierBase, FrontierPoint
 
 LAST_REPLIES = (
-    "loaded", "done", "bench_done", "perplexity_done", "profile_done", "frontier_done", "stats",
-    "error",
+    "loaded", "done", "bench_done", "perplexity_done", "profile_done", "frontier_done",
+    "doctor_done", "stats", "error",
 )  # fmt: skip
 _ENVELOPE = ("type", "id")  # of every message
 POLL_S = 0.5  # Windows lets Ctrl-C through only between waits
@@ -167,6 +169,20 @@ class Client:
                     yield protocol.parse(FrontierBase, body)
                 case "frontier_point":
                     yield protocol.parse(FrontierPoint, body)
+
+    def doctor(self, wanted: DoctorFields, on_progress: OnProgress | None = None) -> DoctorReport:
+        """Examine what this machine can compute on. No model is loaded after it. `on_progress` as
+        for `load`. Raises CancelledError after `cancel`."""
+        self._loaded = None
+        self._circumstances = Circumstances.now(None)
+        report: DoctorReport | None = None
+        for reply in self._run_job("doctor", wanted):
+            if reply["type"] == "progress" and on_progress is not None:
+                on_progress(reply["stage"], reply["done"], reply["total"])
+            elif reply["type"] == "doctor_done":
+                report = protocol.parse(DoctorReport, reply["report"])
+        assert report is not None
+        return report
 
     def stats(self) -> dict[str, Any]:
         """The engine's counters now, also while it computes."""

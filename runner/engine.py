@@ -354,7 +354,9 @@ class Engine:
         on_layer: Callable[[int, LayerTrace], None] | None = None,
     ) -> list[RoutingPlan]:
         """All layers of one batch; returns the plan of each layer with experts."""
-        experts = self._experts if self._experts and self._experts.is_needed else None
+        experts = self._experts
+        if experts is not None and not experts.is_needed(graph.shape.n_tokens):
+            experts = None
         plans = []
         for layer in range(self.model_config.n_layer):
             if cancelled():

@@ -28,12 +28,12 @@ class ExpertPass:
         tensors: PassTensors,
         slabs: ExpertSlabs,
         n_pairs: int,
-        n_tokens: int,
+        has_one_token: bool,
     ) -> None:
-        """n_tokens: of the batch, or any number above 1; of a single one all pairs have the input."""
+        """has_one_token: the batch, so that all pairs have the same input."""
         self._graph = g = Graph(backend, _MAX_NODES)
-        self._has_one_token = n_tokens == 1
-        if self._has_one_token:  # the shape that the layer's graph has, so the same kernel
+        self._has_one_token = has_one_token
+        if has_one_token:  # the shape that the layer's graph has, so the same kernel
             x = g.first_rows(tensors.ffn_input, 1)
             slot_ids = g.matrix(tensors.slots, n_pairs, 1)
         else:
@@ -103,7 +103,7 @@ class PassSet:
         layer = next((i for i, slabs in enumerate(self._slabs) if slabs is not None), None)
         if layer is None:
             return
-        largest = self._make(layer, n_batch * self._config.n_expert_used, n_batch)
+        largest = self._make(layer, n_batch * self._config.n_expert_used, n_batch == 1)
         try:
             largest.reserve(self._allocator)
             largest.check_support()
@@ -144,13 +144,15 @@ class PassSet:
 
     def _build(self, key: tuple[int, int, bool]) -> ExpertPass:
         layer, n_pairs, has_one_token = key
-        experts = self._make(layer, n_pairs, 1 if has_one_token else n_pairs)
+        experts = self._make(layer, n_pairs, has_one_token)
         experts.lay_out(self._allocator)
         if n_pairs <= self._config.n_expert_used:
             self._kept[key] = experts
         return experts
 
-    def _make(self, layer: int, n_pairs: int, n_tokens: int) -> ExpertPass:
+    def _make(self, layer: int, n_pairs: int, has_one_token: bool) -> ExpertPass:
         slabs = self._slabs[layer]
         assert slabs is not None, "a layer without experts has no passes"
-        return ExpertPass(self._backend, self._config, self._tensors, slabs, n_pairs, n_tokens)
+        return ExpertPass(
+            self._backend, self._config, self._tensors, slabs, n_pairs, has_one_token
+        )

@@ -11,6 +11,7 @@ Requests, client to worker
     perplexity {PerplexityFields fields}       needs no loaded model, and leaves none
     profile   {ProfileFields fields}           the same
     frontier  {FrontierFields fields}          the same
+    doctor    {DoctorFields fields}            the same
     stats     {}
     cancel    {target: id}                     ends a running job; no reply
     shutdown  {}                               no reply; the worker exits with status 0
@@ -31,6 +32,7 @@ Replies, worker to client
     frontier_base    {FrontierBase fields}                       after the exact run of frontier
     frontier_point   {FrontierPoint fields}                      after every other run
     frontier_done    {}                                          ends frontier
+    doctor_done      {report: {DoctorReport fields}}             ends doctor
     stats            {snapshot: {StatsSnapshot fields}}          ends stats
     error            {kind: class name in runner.errors, message: text}   ends any request
 
@@ -226,6 +228,13 @@ class ProfileResult:
     estimate_s: float
     best_errors: tuple[float, ...]  # per layer: mean error of an expert's best buddy, 0 to 1
     notes: tuple[str, ...] = ()  # things the user should know, each one sentence
+
+
+@dataclass(frozen=True)
+class DoctorFields:
+    """The body of a doctor message."""
+
+    measure: bool = True  # how fast the devices' memory is
 
 
 @dataclass(frozen=True)

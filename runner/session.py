@@ -9,6 +9,8 @@ from dataclasses import dataclass
 from runner import speed_test
 from runner.chat_template import MERGED_SYSTEM_NOTE, ChatTemplate
 from runner.config import EngineConfig, GenerateRequest
+from runner.doctor import examine
+from runner.doctor_report import DoctorReport
 from runner.engine import Engine
 from runner.errors import CancelledError, OptionError, TemplateError
 from runner.evaluate import Listeners, evaluate
@@ -18,6 +20,7 @@ from runner.profile import make_profile
 from runner.protocol import (
     BenchSample,
     BenchTest,
+    DoctorFields,
     FrontierFields,
     GenerateResult,
     ModelInfo,
@@ -168,6 +171,19 @@ class Session:
         """
         self.close()
         measure_frontier(wanted, on_progress, emit, cancelled)
+
+    def doctor(
+        self,
+        wanted: DoctorFields,
+        on_progress: Callable[[str, int, int], None],
+        cancelled: Cancelled,
+    ) -> DoctorReport:
+        """Tell what this machine can compute on; no model is loaded after it.
+
+        Raises CancelledError.
+        """
+        self.close()
+        return examine(wanted.measure, on_progress, cancelled)
 
     def _loaded(self) -> LoadedModel:
         if self._model is None:

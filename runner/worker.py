@@ -21,6 +21,7 @@ from typing import Any, Protocol
 
 from runner import protocol
 from runner.config import EngineConfig, GenerateRequest
+from runner.doctor_report import DoctorReport
 from runner.errors import (
     BackendError,
     BuddyrunError,
@@ -32,6 +33,7 @@ from runner.process.worker_home import Home, accept, announce
 from runner.protocol import (
     BenchSample,
     BenchTest,
+    DoctorFields,
     FrontierFields,
     GenerateResult,
     Message,
@@ -44,7 +46,7 @@ from runner.quality.evaluation import Evaluation, RunProgress, WindowDone
 from runner.quality.frontier import FrontierBase, FrontierPoint
 
 CLIENT_WAIT_S = 60.0  # a worker that nobody has called for so long exits
-JOBS = ("load", "generate", "bench", "perplexity", "profile", "frontier")
+JOBS = ("load", "generate", "bench", "perplexity", "profile", "frontier", "doctor")
 
 Cancelled = Callable[[], bool]
 
@@ -96,6 +98,13 @@ class SessionLike(Protocol):
         emit: Callable[[RunProgress | FrontierBase | FrontierPoint], None],
         cancelled: Cancelled,
     ) -> None: ...
+
+    def doctor(
+        self,
+        wanted: DoctorFields,
+        on_progress: Callable[[str, int, int], None],
+        cancelled: Cancelled,
+    ) -> DoctorReport: ...
 
     def snapshot(self) -> object: ...
 
@@ -232,6 +241,8 @@ class Desk:
             case "frontier":
                 self._frontier(job)
                 return {"type": "frontier_done"}
+            case "doctor":
+                return {"type": "doctor_done", "report": self._doctor(job)}
             case _:
                 self._bench(job)
                 return {"type": "bench_done"}
@@ -298,6 +309,11 @@ class Desk:
         self.session.frontier(
             wanted, self._load_progress(job), self._run_events(job), job.cancelled.is_set
         )
+
+    def _doctor(self, job: Job) -> DoctorReport:
+        assert self.session is not None
+        wanted = protocol.parse(DoctorFields, _body(job.message))
+        return self.session.doctor(wanted, self._load_progress(job), job.cancelled.is_set)
 
     # both threads
 

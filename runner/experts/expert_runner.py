@@ -40,12 +40,17 @@ class ExpertRunner:
         self._guess: Load | None = None
         self.wait_ns = 0  # spent waiting for reads, since the model was loaded
 
-    @property
-    def is_needed(self) -> bool:
-        """Whether there is anything to `serve` or to count: not when every expert is in its own
-        slot and nobody asked for uses or weights."""
+    def is_needed(self, n_tokens: int) -> bool:
+        """Whether there is anything to `serve` or to count in a batch of so many tokens: not when
+        every expert is in its own slot and nobody asked for uses or weights."""
         counts = self._counts_uses or self._planner.counts_weight
-        return counts or self._cache.is_reading or not self._cache.table.has_everything
+        is_incomplete = self._cache.is_reading or not self._cache.table.has_everything
+        return counts or is_incomplete or self._computes_apart(n_tokens)
+
+    def _computes_apart(self, n_tokens: int) -> bool:
+        """Whether each expert of a layer is computed by itself, resident or not: a device's kernel
+        depends on how many pairs a call has, and a batch should not depend on what is resident."""
+        return self._cache.is_on_device and n_tokens > 1
 
     def measure_costs(self) -> None:
         """Read one expert of the first layer and compute one pair with it, to know the costs."""
@@ -93,7 +98,8 @@ class ExpertRunner:
         if self._cache.is_reading:
             self._stop_filling()
         table, is_counted = self._cache.table, not self._planner.is_exact
-        if table.has_all(layer):
+        apart = self._computes_apart(len(expert_ids))
+        if table.has_all(layer) and not apart:
             if is_counted:
                 table.count_uses(layer, expert_ids)
             self._guess_ahead(graph, layer)
@@ -105,7 +111,7 @@ class ExpertRunner:
             plan = replace(plan, experts=self._with_filler(layer, plan.experts))
         guess = self._end_guess(layer, plan)
         extra = self._favourites_to_place(layer, plan) if graph.shape.n_tokens > 1 else []
-        if plan.is_all_hits and not extra:
+        if plan.is_all_hits and not extra and not apart:
             slots = table.slot_of[layer][plan.experts]
             table.hold_only(layer, slots)
             graph.apply(slots, plan.weights)

@@ -103,7 +103,8 @@ class Streaming:
     def _compute_resident_and_host(self) -> None:
         """With a device both at once, unless residents have to make room first."""
         on_host = self._plan.on_host
-        if on_host and self._hits and self._passes.has_device and not self._waiting:
+        is_one_token = len(self._plan.experts) == 1
+        if is_one_token and on_host and self._hits and self._passes.has_device:
             self._compute_beside(self._hits, on_host)
             return
         self._compute_hits()
@@ -135,7 +136,12 @@ class Streaming:
         return not self._table.is_pinned(self._layer, self._table.slot_of[self._layer, expert])
 
     def _compute(self, experts: Sequence[int], on_host: bool = False) -> None:
-        """Compute all pairs of these experts, in the order of the batch."""
+        """Compute all pairs of these experts, in the order of the batch; on a device one expert
+        after the other, unless all pairs are of one token: see `ExpertRunner`."""
+        if len(experts) > 1 and len(self._plan.experts) > 1 and self._passes.has_device:
+            for expert in experts:
+                self._compute([expert], on_host)
+            return
         pairs, of_pair = self._pairs(experts)
         slots = of_pair if on_host else self._table.slot_of[self._layer][of_pair]
         n_tokens = len(self._plan.experts)

@@ -8,6 +8,7 @@ import threading
 from dataclasses import dataclass
 from pathlib import Path
 
+from runner.doctor_report import Bandwidth, DoctorReport
 from runner.errors import CancelledError, ContextFullError, ModelError
 from runner.protocol import BenchSample, GenerateResult, ModelInfo, PromptProgress, TextPiece
 
@@ -74,6 +75,12 @@ class FakeSession:
         for test in tests:
             samples = tuple(len(text) + number for number in range(repetitions))
             emit(BenchSample(test.n_prompt, test.n_gen, samples, n_loaded=3, load_bytes=9))
+
+    def doctor(self, wanted, on_progress, cancelled):
+        on_progress("measuring vulkan0", 0, 1)
+        if wanted.measure:
+            die("ggml-vulkan.cpp:1: GGML_ASSERT(device) failed")
+        return DoctorReport("", "/lib", ("cpu",), "0", ("CPU",), (), Bandwidth(None, "not asked"))
 
     def snapshot(self):
         if not self.path:

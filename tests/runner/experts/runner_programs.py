@@ -76,7 +76,11 @@ class Witness:
     def has_host(self, layer: int) -> bool:
         return self.hosts[layer]
 
-    def run(self, layer: int, on_host: bool, pairs: np.ndarray, slots: np.ndarray) -> int:
+    has_device = False
+
+    def run(
+        self, layer: int, on_host: bool, pairs: np.ndarray, slots: np.ndarray, n_tokens: int
+    ) -> int:
         if len(self.passes) >= self.passes_before_failure:
             raise BackendError(f"this pass was {SPOILED}")
         experts = self._chosen[pairs]
