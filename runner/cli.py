@@ -16,6 +16,7 @@ from runner.errors import BuddyrunError
 from runner.terminal import cli_options as options
 from runner.terminal.cli_options import Params
 from runner.terminal.command_group import DefaultGroup, FlagCommand, SectionedCommand
+from runner.terminal.device_options import DEVICE_FLAGS
 from runner.terminal.expert_options import EXPERT_FLAGS, EXPERT_PLAN_FLAGS, planned_cache
 from runner.terminal.frontier_options import FRONTIER_FLAGS, flags_without_meaning
 from runner.terminal.perplexity_options import PERPLEXITY_FLAGS
@@ -204,7 +205,7 @@ def _chosen_model(params: Params) -> str:
 
 _CHAT_SECTIONS = (
     ("Prompt and chat", options.PROMPT_FLAGS),
-    ("Context and speed", (*options.CONTEXT_FLAGS, *options.THREAD_FLAGS)),
+    ("Device, context and speed", (*DEVICE_FLAGS, *options.CONTEXT_FLAGS, *options.THREAD_FLAGS)),
     ("Experts", EXPERT_FLAGS),
     ("Sampling", options.SAMPLING_FLAGS),
     ("Terminal", options.TERMINAL_FLAGS),
@@ -215,7 +216,7 @@ _BENCH_SECTIONS = (
     ("Model", (options.MODEL_FLAG,)),
     ("Tests", options.BENCH_FLAGS),
     ("Speed against quality: --frontier, and what goes with it only", FRONTIER_FLAGS),
-    ("Speed", options.THREAD_FLAGS),
+    ("Device and speed", (*DEVICE_FLAGS, *options.THREAD_FLAGS)),
     ("Experts", EXPERT_FLAGS),
 )
 
@@ -299,6 +300,7 @@ commands = DefaultGroup(
                 click.Argument(["word"], required=False, metavar="MODEL", type=options.FILE),
                 options.MODEL_FLAG,
                 *PERPLEXITY_FLAGS,
+                *DEVICE_FLAGS,
                 *options.THREAD_FLAGS,
                 *EXPERT_FLAGS,
             ],

@@ -20,6 +20,7 @@ BUDDY_POLICIES = (
 )
 DEFAULT_BUDDY_BUDGET = 0.08  # share of the router's weight, where a profile says how to spend it
 BUDGET_WITHOUT_PROFILE = 0.05  # where stand-ins are chosen by the router's scores
+DEVICE_AUTO, DEVICE_GPU, DEVICE_CPU = "auto", "gpu", "cpu"  # see `devices.choose_device`
 DEFAULT_FIT_MARGIN_BYTES = 1 << 30  # as llama.cpp's --fit-target
 
 
@@ -31,7 +32,7 @@ class EngineConfig:
     n_batch: int = 512  # most tokens of a prompt computed at once
     n_threads: int = 0  # 0 = one per physical core
     n_threads_batch: int = 0  # 0 = the same as n_threads
-    device: str = "cpu"  # "cpu", "auto" or a device of ggml, as "cuda0"
+    device: str = DEVICE_CPU  # DEVICE_AUTO, DEVICE_GPU, DEVICE_CPU or one of ggml's, as "cuda0"
     fit_margin_bytes: int = DEFAULT_FIT_MARGIN_BYTES  # memory of a GPU that is left free
     cache_type_k: str = "f16"  # f16 or q8_0
     cache_type_v: str = "f16"

@@ -6,11 +6,13 @@ The part of `buddyrun doctor` that needs native code; the worker runs it. Knows 
 from collections.abc import Callable
 from pathlib import Path
 
-from quant.devices import Device, devices
+from quant.devices import Device, cpu_device, devices
 from quant.errors import BackendError
 from quant.ggml import Backend
 from quant.ggml_library import library_folder, load_ggml
 from runner import bandwidth
+from runner.config import DEVICE_AUTO
+from runner.devices import choose_device
 from runner.doctor_report import Bandwidth, DeviceReport, DoctorReport
 from runner.errors import CancelledError
 from runner.hardware import available_memory_bytes, n_cores
@@ -24,7 +26,7 @@ Cancelled = Callable[[], bool]
 
 
 def examine(measure: bool, emit: Emit, cancelled: Cancelled) -> DoctorReport:
-    """List what there is and, when asked to, measure it: two to three seconds a device at most.
+    """List what there is and, when asked to, measure it: about two seconds a device.
 
     Without a usable ggml the report says so in `problem`. Raises CancelledError.
     """
@@ -32,10 +34,9 @@ def examine(measure: bool, emit: Emit, cancelled: Cancelled) -> DoctorReport:
     try:
         folder = library_folder()
         ggml, found = load_ggml(), devices()
+        auto = choose_device(DEVICE_AUTO, found, ()).device
     except BackendError as error:
-        return DoctorReport(
-            str(error), str(folder or ""), _libraries(folder), "", (), (), _NOT_ASKED
-        )
+        return _unusable(str(error), folder)
     reports = []
     host_read = _NOT_ASKED
     for number, device in enumerate(found):
@@ -47,19 +48,29 @@ def examine(measure: bool, emit: Emit, cancelled: Cancelled) -> DoctorReport:
     if measure:
         emit("measuring the host's memory", len(found), len(found) + 1)
         host_read = _host_read()
-    backends = tuple(dict.fromkeys(device.backend for device in found))
-    libraries = _libraries(folder)
     return DoctorReport(
-        "", str(folder), libraries, ggml.version_text, backends, tuple(reports), host_read
+        problem="",
+        library_folder=str(folder),
+        libraries=_libraries(folder),
+        ggml_version=ggml.version_text,
+        backends=tuple(dict.fromkeys(device.backend for device in found)),
+        devices=tuple(reports),
+        auto_device=auto.name.lower(),
+        host_read=host_read,
     )
+
+
+def _unusable(problem: str, folder: Path | None) -> DoctorReport:
+    """The report without a ggml that can be used."""
+    not_read = Bandwidth(None, "not measured: ggml cannot be loaded")
+    return DoctorReport(problem, str(folder or ""), _libraries(folder), "", (), (), "", not_read)
 
 
 def _report(device: Device, measure: bool) -> DeviceReport:
     free_bytes, total_bytes = _memory_bytes(device)
     from_host = own_memory = _NOT_ASKED
     if measure:
-        limit_bytes = (total_bytes if free_bytes is None else free_bytes) // _SHARE
-        from_host, own_memory = _measure(device, limit_bytes)
+        from_host, own_memory = _measure(device, _limit_bytes(device))
     return DeviceReport(
         name=device.name.lower(),
         description=device.description,
@@ -88,11 +99,8 @@ def _measure(device: Device, limit_bytes: int) -> tuple[Bandwidth, Bandwidth]:
 
 
 def _host_read() -> Bandwidth:
-    available = available_memory_bytes()
-    if available is None:
-        return Bandwidth(None, "not measured: the system does not say how much memory is free")
     try:
-        return bandwidth.host_read(n_cores(), available // _SHARE)
+        return bandwidth.host_read(n_cores(), _limit_bytes(cpu_device()))
     except BackendError as error:
         return Bandwidth(None, str(error))
 
@@ -101,6 +109,12 @@ def _memory_bytes(device: Device) -> tuple[int | None, int]:
     """(free, total); ggml does not tell what is free of the host's, the system does."""
     free_bytes, total_bytes = device.memory_bytes()
     return (available_memory_bytes() if device.kind == "cpu" else free_bytes), total_bytes
+
+
+def _limit_bytes(device: Device) -> int:
+    """The most that a measurement takes of its memory."""
+    free_bytes, total_bytes = _memory_bytes(device)
+    return (total_bytes if free_bytes is None else free_bytes) // _SHARE
 
 
 def _libraries(folder: Path | None) -> tuple[str, ...]:

@@ -72,13 +72,14 @@ class Engine:
             self.model_config = model = read_model(self.file)
             self._limits = limits = choose_limits(config, model)
             self._host = owned.enter_context(Backend.cpu(limits.n_threads))
-            device = choose_device(config.device)
+            chosen = choose_device(config.device)
             self.backend = backend = self._host
-            if device.kind != "cpu":
-                self.backend = backend = owned.enter_context(Backend.on(device))
+            if chosen.device.kind != "cpu":
+                self.backend = backend = owned.enter_context(Backend.on(chosen.device))
             self.cache_plan = plan = self._plan()
             self.buddies = choose_policy(config, self.file, model, plan.n_slots)
-            self.notes = model.notes + limits.notes + plan.notes + self.buddies.notes
+            self.notes = model.notes + limits.notes + chosen.notes + plan.notes
+            self.notes += self.buddies.notes
             self.notes += loading.page_in_weights(self.file, plan, report, cancelled)
             policy = self.buddies.policy
             self._budget = policy.budget if policy is not None else None

@@ -14,6 +14,9 @@ from click.core import ParameterSource
 from runner.config import (
     BUDDY_OFF,
     DEFAULT_MAX_CTX,
+    DEVICE_AUTO,
+    DEVICE_CPU,
+    DEVICE_GPU,
     MAX_BATCH,
     MAX_CTX,
     MAX_THREADS,
@@ -304,7 +307,23 @@ def engine_config(params: Params) -> EngineConfig:
             values[name] = os.path.abspath(values[name])  # the worker is somewhere else
     if params.get("exact"):
         values["buddy"] = BUDDY_OFF
+    if "device" in params:
+        values["device"] = _settled_device(params["device"].lower(), params["n_gpu_layers"])
     return EngineConfig(**values)
+
+
+def _settled_device(device: str, n_gpu_layers: int | None) -> str:
+    """What --device and -ngl say together. Raises OptionError when they contradict."""
+    if n_gpu_layers is None:
+        return device
+    is_cpu = n_gpu_layers == 0
+    if device != DEVICE_AUTO and (device == DEVICE_CPU) != is_cpu:
+        raise OptionError(
+            f"-ngl {n_gpu_layers} contradicts --device {device}: leave one of them out"
+        )
+    if is_cpu:
+        return DEVICE_CPU
+    return DEVICE_GPU if device == DEVICE_AUTO else device
 
 
 def sampling_config(params: Params) -> SamplingConfig:

@@ -1,48 +1,20 @@
 """The flags about the memory of experts. Knows no command, runs nothing."""
 
-from typing import Any
-
 import click
 
-from runner.byte_sizes import parse_bytes
 from runner.config import (
     CACHE_POLICIES,
-    MAX_MOE_CACHE_BYTES,
     MAX_MOE_CACHE_SLOTS,
     MISS_ACTIONS,
     MOE_CACHE_AUTO,
     MOE_CACHE_OFF,
     EngineConfig,
 )
-from runner.errors import OptionError
 from runner.terminal.buddy_options import BUDDY_FLAGS
 from runner.terminal.cli_options import FILE, Params, engine_config, flag
+from runner.terminal.memory_size import MemorySize
 
 _SIZE_WORDS = {"auto": MOE_CACHE_AUTO, "off": MOE_CACHE_OFF}
-
-
-class _MemorySize(click.ParamType):  # type: ignore[type-arg]
-    """auto, off or a size in bytes."""
-
-    name = "size"
-
-    def get_metavar(self, param: click.Parameter, ctx: click.Context) -> str:
-        """As it stands in the help."""
-        return "auto|off|SIZE"
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
-        """Raises click.BadParameter for anything else."""
-        if not isinstance(value, str):
-            return value  # type: ignore[no-any-return]
-        if value.lower() in _SIZE_WORDS:
-            return _SIZE_WORDS[value.lower()]
-        try:
-            n_bytes = parse_bytes(value)
-        except OptionError as error:
-            self.fail(f"{error}; or auto or off", param, ctx)
-        if n_bytes > MAX_MOE_CACHE_BYTES:
-            self.fail(f"{value!r} is more than {MAX_MOE_CACHE_BYTES >> 40}TiB", param, ctx)
-        return n_bytes
 
 
 _SIZE_HELP = "K, M and G are powers of 1024, KB, MB and GB of 1000, a bare number is MiB"
@@ -57,9 +29,9 @@ _SLOTS_FLAG = flag(
 EXPERT_FLAGS = (
     flag(
         *("--moe-cache", "moe_cache_bytes"),
-        help="Memory that holds experts of a model larger than the memory; the others are read"
-        f" when they are needed. A size like 6GiB: {_SIZE_HELP}.",
-        type=_MemorySize(),
+        help="Memory that holds experts, of the GPU if one computes; the others are read, or"
+        f" computed on the CPU, when they are needed. A size like 6GiB: {_SIZE_HELP}.",
+        type=MemorySize(_SIZE_WORDS),
         default="auto",
     ),
     _SLOTS_FLAG,
@@ -92,7 +64,7 @@ EXPERT_PLAN_FLAGS = (
     flag(
         *("--moe-cache", "moe_cache_bytes"),
         help=f"Say what this memory for experts would hold here: {_SIZE_HELP}.",
-        type=_MemorySize(),
+        type=MemorySize(_SIZE_WORDS),
     ),
     _SLOTS_FLAG,
 )

@@ -1,0 +1,50 @@
+"""The flags about the device that computes. Knows no command, runs nothing."""
+
+from typing import Any
+
+import click
+
+from runner.config import DEFAULT_FIT_MARGIN_BYTES, DEVICE_AUTO
+from runner.terminal.cli_options import flag
+from runner.terminal.memory_size import MemorySize
+
+_ALL_LAYERS = ("auto", "all")
+
+
+class _LayerCount(click.ParamType):  # type: ignore[type-arg]
+    """A number of layers as llama.cpp takes it; only whether it is 0 means something here."""
+
+    name = "N"
+
+    def convert(
+        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
+    ) -> int | None:
+        """Raises click.BadParameter."""
+        if value in _ALL_LAYERS:
+            return -1
+        try:
+            return int(value)
+        except ValueError:
+            self.fail(f"{value!r} is not a number, auto or all", param, ctx)
+
+
+DEVICE_FLAGS = (
+    flag(
+        *("-dev", "--device", "device"),
+        help="Where the model runs: auto (a GPU if there is one), cpu, or a device that"
+        " buddyrun doctor lists, as cuda0.",
+        default=DEVICE_AUTO,
+    ),
+    flag(
+        *("-ngl", "--gpu-layers", "n_gpu_layers"),
+        help="As in llama.cpp: 0 = CPU. Any other number means a GPU; how much of the experts is"
+        " there, --moe-cache says.",
+        type=_LayerCount(),
+    ),
+    flag(
+        *("--fit-margin", "fit_margin_bytes"),
+        help="Memory of the GPU that is left to others.",
+        type=MemorySize(),
+        default=f"{DEFAULT_FIT_MARGIN_BYTES >> 20}MiB",
+    ),
+)
