@@ -93,6 +93,7 @@ def host_read(n_threads: int, limit_bytes: int) -> Bandwidth:
                 for offset in range(0, n_bytes, ones.nbytes):
                     backend.write(matrix, ones, offset)
                 backend.write(vector, ones[:_ROW])
+                backend.clear(product, 0, 4 * n_rows)  # an earlier size's product may lie there
                 rate = _rate(graph.start, backend.synchronize, n_bytes)
                 _check_end(backend, product, np.full(n_rows, _ROW, np.float32))
         return rate

@@ -39,4 +39,5 @@ class DoctorReport:
     ggml_version: str
     backends: tuple[str, ...]  # those that show a device, by ggml's names
     devices: tuple[DeviceReport, ...]  # in ggml's order
+    auto_device: str  # the name of the one that --device auto takes
     host_read: Bandwidth  # of the machine's own memory, read by all cores

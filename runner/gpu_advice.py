@@ -24,23 +24,28 @@ class _Build:
     flag: str
     needs: str  # beside CMake and a C++ compiler
     wheels: str  # the index of built wheels that llama-cpp-python's README names
+    wheels_note: str  # what these are for
     no_device: str  # what to look at when its library is there and shows no device
 
 
 _CUDA = _Build(
-    "cuda", "CUDA", "GGML_CUDA", "the CUDA toolkit (nvcc)", "cu124",
+    "cuda", "CUDA", "GGML_CUDA", "the CUDA toolkit (nvcc)",
+    "cu124", "cu124 is for CUDA 12.4; there are others from cu118 to cu132",
     "see whether nvidia-smi lists the GPU, and whether CUDA_VISIBLE_DEVICES hides it",
 )  # fmt: skip
 _VULKAN = _Build(
     "vulkan", "Vulkan", "GGML_VULKAN",
-    "the Vulkan headers and glslc (Debian, Ubuntu: libvulkan-dev glslc spirv-headers)", "vulkan",
+    "the Vulkan headers and glslc (Debian, Ubuntu: libvulkan-dev glslc spirv-headers)",
+    "vulkan", "for Linux and Windows",
     "see whether vulkaninfo --summary lists the GPU, and whether GGML_VK_VISIBLE_DEVICES hides it",
 )  # fmt: skip
 _HIP = _Build(
-    "hip", "HIP", "GGML_HIP", "ROCm", "rocm72",
+    "hip", "HIP", "GGML_HIP", "ROCm", "rocm72", "rocm72 is for ROCm 7.2",
     "see whether rocminfo lists the GPU, and whether HIP_VISIBLE_DEVICES hides it",
 )  # fmt: skip
-_METAL = _Build("metal", "Metal", "GGML_METAL", "Xcode", "metal", "restart the machine")
+_METAL = _Build(
+    "metal", "Metal", "GGML_METAL", "Xcode", "metal", "for macOS 11 or later", "restart it"
+)
 _BUILDS = (_CUDA, _VULKAN, _HIP, _METAL)
 
 _FITTING = {"NVIDIA": (_CUDA,), "AMD": (_VULKAN, _HIP), "Intel": (_VULKAN,), "Apple": (_METAL,)}
@@ -67,6 +72,7 @@ class Install:
     needs: str  # what building takes
     command: str
     wheel_command: str  # takes a built wheel where there is one; "" = not for this choice
+    wheel_note: str  # what to know of that
 
 
 @dataclass(frozen=True)
@@ -91,10 +97,10 @@ class Installer:
         return self._command(["--only-binary", _PACKAGE, "--extra-index-url", index])
 
     def _command(self, more: list[str]) -> str:
-        python = f'& "{self.python}"' if self.is_windows else shlex.quote(self.python)
-        program = (
-            f"{python} -m pip install" if self.has_pip else f"uv pip install --python {python}"
-        )
+        python = f'"{self.python}"' if self.is_windows else shlex.quote(self.python)
+        program = f"uv pip install --python {python}"
+        if self.has_pip:
+            program = f"{'& ' if self.is_windows else ''}{python} -m pip install"
         again = "--force-reinstall --no-cache-dir" if self.has_pip else "--reinstall --no-cache"
         return " ".join([program, f"{_PACKAGE}=={SUPPORTED_LLAMA_CPP_PYTHON}", again, *more])
 
@@ -141,12 +147,15 @@ def lacking_install(
         return None
     builds = [b for b in _BUILDS if b in lacking or b.library in report.libraries]
     needs = "".join(f"{build.needs}, " for build in builds) + "CMake and a C++ compiler"
-    wheels = {0: "cpu", 1: builds[0].wheels if builds else ""}.get(len(builds), "")
+    wheels, note = ("cpu", "for the CPU") if not builds else ("", "")
+    if len(builds) == 1:  # wheels have one backend beside the CPU
+        wheels, note = builds[0].wheels, builds[0].wheels_note
     return Install(
         backends=tuple(build.name for build in builds),
         needs=needs,
         command=installer.building(" ".join(f"-D{build.flag}=on" for build in builds)),
         wheel_command=installer.with_wheels(f"{_WHEELS}/{wheels}") if wheels else "",
+        wheel_note=note,
     )
 
 

@@ -11,7 +11,7 @@ from dataclasses import asdict
 
 from quant.ggml_library import SUPPORTED_LLAMA_CPP_PYTHON
 from runner.doctor_report import Bandwidth, DoctorReport
-from runner.errors import InternalError, WorkerDiedError
+from runner.errors import BuddyrunError
 from runner.gpu_advice import Installer, judge, lacking_install
 from runner.gpu_hardware import SystemPlaces, find_gpus
 from runner.protocol import DoctorFields
@@ -53,7 +53,7 @@ def _ask(measure: bool, is_verbose: bool) -> tuple[DoctorReport, tuple[str, ...]
     with Client.start() as client:
         try:
             return client.doctor(DoctorFields(measure), on_progress), ()
-        except (InternalError, WorkerDiedError) as error:
+        except BuddyrunError as error:
             if is_verbose:
                 print(visible(client.log), file=sys.stderr)
             problem = str(error)
@@ -67,7 +67,7 @@ def _ask(measure: bool, is_verbose: bool) -> tuple[DoctorReport, tuple[str, ...]
 
 def _unusable(problem: str) -> DoctorReport:
     """What is known when the worker cannot even list the devices."""
-    return DoctorReport(problem, "", (), "", (), (), Bandwidth(None, "ggml cannot be loaded"))
+    return DoctorReport(problem, "", (), "", (), (), "", Bandwidth(None, "ggml cannot be loaded"))
 
 
 def _as_values(diagnosis: Diagnosis) -> dict[str, object]:

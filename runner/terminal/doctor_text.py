@@ -1,6 +1,6 @@
 """What `buddyrun doctor` prints, as text of 80 columns. Asks nobody and prints nothing itself."""
 
-import shlex
+import re
 import textwrap
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -12,6 +12,7 @@ from runner.gpu_advice import GpuFinding, Install
 
 _COLUMNS = 79
 _INDENT = "    "
+_WORD = re.compile(r"""(?:[^\s"']|"[^"]*"|'[^']*')+""")  # of a shell command
 _NAME_COLUMNS = 18
 _KINDS = {
     "cpu": "the CPU",
@@ -32,10 +33,6 @@ class Diagnosis:
     notes: tuple[str, ...]  # what went wrong meanwhile, in sentences
     llama_cpp_lib_path: str  # the variable of this name; "" = not set
 
-    @property
-    def unused(self) -> tuple[GpuFinding, ...]:
-        return tuple(gpu for gpu in self.gpus if not gpu.devices)
-
 
 def format_diagnosis(diagnosis: Diagnosis) -> str:
     """The sections, without a final line end; names of devices come from their drivers."""
@@ -43,9 +40,7 @@ def format_diagnosis(diagnosis: Diagnosis) -> str:
     sections = [_section("Libraries", _library_rows(diagnosis))]
     if report.problem:
         sections.append(_loud("GGML CANNOT BE LOADED", [report.problem]))
-    sections += [
-        _section(f"--device {device.name}", _device_rows(device)) for device in report.devices
-    ]
+    sections += [_device(device, report.auto_device) for device in report.devices]
     if report.devices:
         sections.append(_section("The host's memory", _bandwidth_rows("reading", report.host_read)))
     sections.append(_gpus(diagnosis))
@@ -72,6 +67,15 @@ def _without_device(report: DoctorReport) -> list[str]:
     """Libraries of backends that show no device; ggml names two of them otherwise than files."""
     shown = {{"ROCm": "hip", "MTL": "metal"}.get(name, name.lower()) for name in report.backends}
     return [name for name in report.libraries if name.partition("-")[0] not in shown]
+
+
+def _device(device: DeviceReport, auto: str) -> str:
+    title = f"--device {device.name}"
+    if device.kind not in ("cpu", "gpu", "igpu"):
+        title = f"{device.name} (no choice for --device)"
+    elif device.name == auto:
+        title += " (what --device auto takes)"
+    return _section(title, _device_rows(device))
 
 
 def _device_rows(device: DeviceReport) -> list[tuple[str, str]]:
@@ -102,18 +106,18 @@ def _three_digits(value: float) -> str:
 
 
 def _gpus(diagnosis: Diagnosis) -> str:
-    used = [
-        (gpu.name, f"--device {' or '.join(gpu.devices)}") for gpu in diagnosis.gpus if gpu.devices
-    ]
     if not diagnosis.gpus:
-        return _section(
-            "GPUs", [("none", "the system tells of no NVIDIA, AMD, Intel or Apple GPU")]
-        )
-    blocks = [_section("GPUs that can be used", used)] if used else []
-    lines = [f"{gpu.name} ({gpu.found_in}). {gpu.problem}" for gpu in diagnosis.unused]
-    if lines:
-        n = len(lines)
-        blocks.append(_loud(f"{n} GPU{'S' * (n > 1)} CANNOT BE USED", lines))
+        none = _filled("The system tells of no GPU of NVIDIA, AMD, Intel or Apple.")
+        return f"  GPUs\n{none}"
+    used = [gpu for gpu in diagnosis.gpus if gpu.devices]
+    lines = [_filled(f"{gpu.name}: --device {' or '.join(gpu.devices)}") for gpu in used]
+    blocks = ["\n".join(["  GPUs that can be used", *lines])] if used else []
+    problems = [
+        f"{gpu.name} ({gpu.found_in}). {gpu.problem}" for gpu in diagnosis.gpus if not gpu.devices
+    ]
+    if problems:
+        n = len(problems)
+        blocks.append(_loud(f"{n} GPU{'S' * (n > 1)} CANNOT BE USED", problems))
     return "\n\n".join(blocks)
 
 
@@ -129,13 +133,11 @@ def _install(install: Install, override: str) -> str:
                 "are taken. Unset it first."
             )
         ]
-    lines += [
-        _filled(f"Building it takes some minutes, {install.needs}:"),
-        _command(install.command),
-    ]
+    lines.append(_filled(f"Building it takes some minutes, {install.needs}:"))
+    lines.append(f"\n{_command(install.command)}")
     if install.wheel_command:
-        lines += [_filled("Or without building, if there is a wheel of this version:")]
-        lines += [_command(install.wheel_command)]
+        text = f"Or take a built wheel, if this version has one ({install.wheel_note}):"
+        lines += ["", _filled(text), f"\n{_command(install.wheel_command)}"]
     return "\n".join(lines)
 
 
@@ -143,9 +145,9 @@ def _command(command: str) -> str:
     """A command on lines that a shell joins; one for PowerShell stays on its line."""
     if command.startswith(("$", "&")):
         return _INDENT + command
-    lines, words = [""], shlex.split(command, posix=False)
+    lines, words = [""], _WORD.findall(command)
     for word in words:
-        if len(lines[-1]) + len(word) > _COLUMNS - 2 * len(_INDENT) - 2:
+        if len(lines[-1]) + len(word) > _COLUMNS - len(_INDENT) - 4:
             lines.append("")
         lines[-1] += word + " "
     return " \\\n".join(_INDENT + "  " * (i > 0) + line.strip() for i, line in enumerate(lines))

@@ -80,7 +80,7 @@ class FakeSession:
         on_progress("measuring vulkan0", 0, 1)
         if wanted.measure:
             die("ggml-vulkan.cpp:1: GGML_ASSERT(device) failed")
-        return DoctorReport("", "/lib", ("cpu",), "0", ("CPU",), (), Bandwidth(None, "not asked"))
+        return DoctorReport("", "/l", ("cpu",), "0", ("CPU",), (), "cpu", Bandwidth(None, "no"))
 
     def snapshot(self):
         if not self.path:
