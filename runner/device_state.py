@@ -74,6 +74,10 @@ class DeviceState:
         self._buffer = context.allocate(backend)
         self._host_mask = np.empty(n_batch * padded_context(n_ctx), np.float16)
 
+    @property
+    def n_bytes(self) -> int:
+        return self._buffer.n_bytes
+
     def close(self) -> None:
         self._buffer.close()
         self._context.close()

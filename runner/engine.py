@@ -19,12 +19,13 @@ from runner.batch_graph import BatchGraph
 from runner.checks.file_check import check_unchanged
 from runner.checks.read_model import read_model
 from runner.config import EngineConfig
+from runner.device_memory import DeviceMemory
 from runner.device_state import BatchShape
 from runner.devices import choose_device
 from runner.engine_limits import choose_limits
-from runner.errors import CancelledError
+from runner.errors import CancelledError, OutOfMemoryError
 from runner.experts.cache_plan import CachePlan, plan_cache
-from runner.experts.device_plan import plan_device
+from runner.experts.device_plan import plan_device, with_fewer_slots
 from runner.experts.expert_runner import ExpertRunner
 from runner.experts.miss_planner import MissPlanner
 from runner.graph_cache import GraphCache
@@ -73,43 +74,71 @@ class Engine:
             self._limits = limits = choose_limits(config, model)
             self._host = owned.enter_context(Backend.cpu(limits.n_threads))
             chosen = choose_device(config.device)
-            self.backend = backend = self._host
+            self.backend = self._host
             if chosen.device.kind != "cpu":
-                self.backend = backend = owned.enter_context(Backend.on(chosen.device))
-            self.cache_plan = plan = self._plan()
-            self.buddies = choose_policy(config, self.file, model, plan.n_slots)
-            self.notes = model.notes + limits.notes + chosen.notes + plan.notes
-            self.notes += self.buddies.notes
-            self.notes += loading.page_in_weights(self.file, plan, report, cancelled)
-            policy = self.buddies.policy
-            self._budget = policy.budget if policy is not None else None
-            self._stats = StatsRecorder(
-                model.n_layer, plan.n_slots, self.buddies.name, self.buddies.budget
-            )
-            self._cache = loading.make_cache(
-                backend, self.file, model, config.moe_cache_policy, plan
-            )
-            if self._cache is not None:
-                owned.callback(self._cache.close)
-            self._usage = loading.open_usage(
-                config, self.file, model, self._cache, self.buddies.uses
-            )
-            self._parts = loading.allocate(
-                backend, self._host, self.file, model, limits, self._cache, owned
-            )
-            self._parts.weights.upload(backend, report, cancelled)
-            self.notes += loading.scattered_notes(self._parts.weights)
-            largest = BatchShape(limits.n_batch, padded_context(limits.n_ctx))
-            self._graphs = GraphCache(self._parts, largest)
-            owned.callback(self._graphs.close)
-            self._planner = self._make_planner()
-            self._experts = self._make_runner()
+                self.backend = owned.enter_context(Backend.on(chosen.device))
+            notes = model.notes + limits.notes
+            self.warnings = chosen.notes
+            self._load(self._plan(), notes, owned, report, cancelled)
             self._owned = owned.pop_all()
         self._context = TextContext(self._parts, limits.n_ctx, config.n_keep, config.context_shift)
         self._meter = QualityMeter()
         self._verifier: Verifier | None = None
         if self._budget is not None and config.verify_every:
             self._verifier = Verifier(config.verify_every, self._parts.kv, self._stats)
+
+    def _load(
+        self,
+        plan: CachePlan,
+        notes: tuple[str, ...],
+        owned: ExitStack,
+        report: Progress,
+        cancelled: Cancelled,
+    ) -> None:
+        """Bring the model into memory by this plan, or with fewer slots when a device has less
+        memory than it said; `owned` closes it."""
+        while True:
+            try:
+                with ExitStack() as placed:
+                    self.notes = notes
+                    self._place(plan, placed, report, cancelled)
+                    owned.enter_context(placed.pop_all())
+                return
+            except OutOfMemoryError:
+                sizes = model_sizes(self.file, self.model_config)
+                fewer = with_fewer_slots(plan, sizes) if plan.is_on_device else None
+                if fewer is None:
+                    raise
+                plan = fewer
+
+    def _place(
+        self, plan: CachePlan, owned: ExitStack, report: Progress, cancelled: Cancelled
+    ) -> None:
+        """Make everything that has memory, slots for experts first."""
+        config, model, limits, backend = self.config, self.model_config, self._limits, self.backend
+        self.cache_plan = plan
+        self.buddies = choose_policy(config, self.file, model, plan.n_slots)
+        self.notes += plan.notes + self.buddies.notes
+        self.notes += loading.page_in_weights(self.file, plan, report, cancelled)
+        policy = self.buddies.policy
+        self._budget = policy.budget if policy is not None else None
+        self._stats = StatsRecorder(
+            model.n_layer, plan.n_slots, self.buddies.name, self.buddies.budget
+        )
+        self._cache = loading.make_cache(backend, self.file, model, config.moe_cache_policy, plan)
+        if self._cache is not None:
+            owned.callback(self._cache.close)
+        self._usage = loading.open_usage(config, self.file, model, self._cache, self.buddies.uses)
+        self._parts = loading.allocate(
+            backend, self._host, self.file, model, limits, self._cache, owned
+        )
+        self._parts.weights.upload(backend, report, cancelled)
+        self.notes += loading.scattered_notes(self._parts.weights)
+        largest = BatchShape(limits.n_batch, padded_context(limits.n_ctx))
+        self._graphs = GraphCache(self._parts, largest)
+        owned.callback(self._graphs.close)
+        self._planner = self._make_planner()
+        self._experts = self._make_runner()
 
     def _plan(self) -> CachePlan:
         """How many slots for experts the memory takes, of the device or of the host."""
@@ -164,6 +193,21 @@ class Engine:
     @property
     def device_name(self) -> str:
         return self.backend.description
+
+    def device_memory(self) -> DeviceMemory | None:
+        """Where a GPU's memory went at load; None on the CPU."""
+        if self.backend.is_host:
+            return None
+        device = self.backend.device
+        return DeviceMemory(
+            name=device.name,
+            weights_bytes=self._parts.weights.n_device_bytes,
+            kv_bytes=self._parts.kv.n_bytes,
+            compute_bytes=self._graphs.n_bytes + self._parts.state.n_bytes,
+            slots_bytes=self._cache.n_bytes if self._cache is not None else 0,
+            free_before_bytes=self.cache_plan.available_bytes or 0,
+            free_bytes=device.memory_bytes()[0],
+        )
 
     @property
     def ggml_version(self) -> str:

@@ -1,6 +1,6 @@
 """The errors a user can cause while running a model, and how they cross the process boundary."""
 
-from quant.errors import BackendError, BuddyrunError, GGUFError
+from quant.errors import BackendError, BuddyrunError, GGUFError, OutOfMemoryError
 
 __all__ = [
     "BackendError",
@@ -11,6 +11,7 @@ __all__ = [
     "InternalError",
     "ModelError",
     "OptionError",
+    "OutOfMemoryError",
     "ProfileError",
     "TemplateError",
     "WorkerDiedError",

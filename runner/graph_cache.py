@@ -30,6 +30,11 @@ class GraphCache:
         self._graphs.move_to_end(shape)
         return graph
 
+    @property
+    def n_bytes(self) -> int:
+        """Memory for values within graphs."""
+        return self._allocator.n_bytes
+
     def close(self) -> None:
         self._drop_all()
         self.passes.close()

@@ -51,6 +51,7 @@ from multiprocessing.connection import Connection
 from typing import Any, TypeVar, get_args, get_origin, get_type_hints
 
 from runner.config import EngineConfig, GenerateRequest
+from runner.device_memory import DeviceMemory
 from runner.errors import OptionError
 from runner.quality.evaluation import RunProgress, WindowDone
 from runner.quality.frontier import FrontierBase, FrontierPoint, FrontierSetting
@@ -97,6 +98,8 @@ class ModelInfo:
     buddy: str = ""  # the policy that lets others stand in for missing experts; "" = none
     buddy_budget: float = 0.0  # the most of the router's weight that they may carry
     buddy_profile: str = ""  # the file that the policy was made with
+    device_memory: DeviceMemory | None = None  # of a GPU
+    warnings: tuple[str, ...] = ()  # what nobody should overlook, each one sentence
     notes: tuple[str, ...] = ()  # things the user should know, each one sentence
 
 
@@ -312,6 +315,9 @@ def parse(cls: type[Fields], values: object) -> Fields:
 def _parse_value(name: str, expected: Any, value: Any) -> Any:
     if is_dataclass(expected):
         return parse(expected, value)  # type: ignore[arg-type]
+    known = [kind for kind in get_args(expected) if is_dataclass(kind)]
+    if known and isinstance(value, Mapping):  # a dataclass or None
+        return parse(known[0], value)  # type: ignore[arg-type]
     if get_origin(expected) is tuple and isinstance(value, list):
         return tuple(_parse_value(name, get_args(expected)[0], item) for item in value)
     if expected is float and type(value) is int:

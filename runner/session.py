@@ -323,6 +323,8 @@ def _describe(path: str, model: LoadedModel, load_s: float) -> ModelInfo:
         buddy=engine.buddies.name,
         buddy_budget=engine.buddies.budget,
         buddy_profile=engine.buddies.profile,
+        device_memory=engine.device_memory(),
+        warnings=engine.warnings,
         notes=engine.notes + template_notes,
     )
 

@@ -80,8 +80,10 @@ class Weights:
             ]
             self._device_context = owned.enter_context(Context(host.ggml, n_tensors))
             self._place(config, n_ctx)
+            self.n_device_bytes = 0  # on a device beside the CPU
             if self._to_upload:
-                owned.enter_context(self._device_context.allocate(backend))
+                buffer = owned.enter_context(self._device_context.allocate(backend))
+                self.n_device_bytes = buffer.n_bytes
             self._owned = owned.pop_all()
 
     def upload(

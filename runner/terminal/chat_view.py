@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from typing import TextIO
 
 from runner.byte_sizes import bytes_text, range_text
+from runner.device_memory import DeviceMemory
 from runner.protocol import GenerateResult, ModelInfo, PromptProgress
 from runner.terminal.status_line import StatusLine
 from runner.terminal.terminal_text import visible, visible_line
@@ -44,11 +45,13 @@ class ChatView:
         )
         threads = "1 thread" if info.n_threads == 1 else f"{info.n_threads} threads"
         self._print(f"device   {visible_line(info.device)}, {threads}")
+        if info.device_memory is not None:
+            self._print(f"memory   {device_memory_line(info.device_memory)}")
         if info.moe_cache_slots:
             self._print(f"experts  {experts_line(info)}")
         if info.buddy:
             self._print(f"buddies  {buddies_line(info)}")
-        for note in info.notes:
+        for note in (*info.warnings, *info.notes):
             self._print(self._styled(f"note     {visible_line(note)}", _YELLOW))
         self._print(self._styled("/? for help, Ctrl-C stops an answer, /bye leaves", _DIM))
 
@@ -192,11 +195,22 @@ def model_line(info: ModelInfo) -> str:
 def experts_line(info: ModelInfo) -> str:
     """How many experts are in memory, and which leaves when another is needed."""
     n_slots = info.moe_cache_slots
-    text = f"{range_text(n_slots)} of {info.n_expert} per layer in memory"
+    where = "in memory" if info.device_memory is None else f"on {info.device_memory.name}"
+    text = f"{range_text(n_slots)} of {info.n_expert} per layer {where}"
     text += f" ({bytes_text(info.moe_cache_bytes)})"
     if min(n_slots) < info.n_expert:
         text += f", {info.moe_cache_policy}, the rest from the file"
     return text
+
+
+def device_memory_line(memory: DeviceMemory) -> str:
+    """What the model took of a GPU's memory."""
+    return (
+        f"{visible_line(memory.name)}: weights {bytes_text(memory.weights_bytes)},"
+        f" context {bytes_text(memory.kv_bytes)}, compute {bytes_text(memory.compute_bytes)},"
+        f" experts {bytes_text(memory.slots_bytes)};"
+        f" {bytes_text(memory.free_before_bytes)} were free"
+    )
 
 
 def buddies_line(info: ModelInfo) -> str:

@@ -42,6 +42,7 @@ def remarks(
         lines += [f"note: {note}" for note in info.notes]
     else:
         lines = [summary(result)] if err.isatty() else []
+    lines += [f"buddyrun: {warning}" for warning in info.warnings]
     if result.stop_reason == "context":
         lines.append(
             f"buddyrun: the answer was cut: the context is full ({result.n_past} of"
