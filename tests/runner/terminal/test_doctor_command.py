@@ -156,7 +156,7 @@ def test_escape_sequences_of_a_driver_do_not_reach_the_terminal() -> None:
     assert "\x1b" not in doctor(lambda wanted: evil).stdout.decode()
 
 
-def doctor(answer: Any, *arguments: str) -> Done:
+def doctor(answer: Any, *arguments: str, **environment: str) -> Done:
     """The command with an engine that answers so."""
 
     class Examining(command_line.ScriptedClient):
@@ -165,7 +165,7 @@ def doctor(answer: Any, *arguments: str) -> Done:
             return report
 
     with mock.patch.object(command_line, "ScriptedClient", Examining):
-        return buddyrun("doctor", *arguments)
+        return buddyrun("doctor", *arguments, **environment)
 
 
 def test_the_engine_is_asked_to_measure_unless_told_otherwise() -> None:
@@ -191,6 +191,15 @@ def test_json_has_all_of_it(monkeypatch: pytest.MonkeyPatch) -> None:
     assert values["gpus"][0]["name"] == NVIDIA.name and values["gpus"][0]["devices"] == []
     assert values["install"]["command"].startswith('CMAKE_ARGS="-DGGML_CUDA=on" ')
     assert shlex.quote(sys.executable) in values["install"]["command"]
+
+
+def test_nvidia_smi_is_looked_for_on_the_path(tmp_path: Path) -> None:
+    program = tmp_path / "nvidia-smi"
+    program.write_text("#!/bin/sh\necho 'GPU 0: NVIDIA GeForce RTX 3060 (UUID: GPU-1)'\n")
+    program.chmod(0o755)
+    done = doctor(lambda wanted: ON_CPU, PATH=str(tmp_path))
+    assert done.returncode == 0 and b"CANNOT BE USED" in done.stdout
+    assert b'CMAKE_ARGS="-DGGML_CUDA=on' in done.stdout
 
 
 @pytest.fixture
