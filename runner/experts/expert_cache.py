@@ -54,7 +54,8 @@ class ExpertCache:
             self._prefetcher = Prefetcher(read, sum(n_slots) + _N_GUESSES)
             owned.callback(self._prefetcher.close)
             self._owned = owned.pop_all()
-        self._under_way: list[Load] = []
+        self._under_way: list[Load] = []  # asked for by a batch, or to fill empty slots
+        self._uploads: list[Load] = []  # under way beside the batches
         self._guess: Load | None = None  # the latest
 
     def close(self) -> None:
@@ -64,11 +65,12 @@ class ExpertCache:
 
     def _forget_loads(self) -> None:
         """Stop them, and let go of their views of the memory."""
-        for load in self._under_way:
+        for load in (*self._under_way, *self._uploads):
             load.is_unwanted = True
         if self._guess is not None:
             self._guess.is_unwanted = True
         self._under_way.clear()
+        self._uploads.clear()
         self._guess = None
 
     @property
@@ -131,10 +133,42 @@ class ExpertCache:
             return
         self._prefetcher.wait(load)
         self._under_way.remove(load)
+        self._settle_slot(load)
+
+    def _settle_slot(self, load: Load) -> None:
         if load.error is None:
             self.table.commit(load.layer, load.slot)
         else:
             self.table.fail(load.layer, load.slot)
+
+    # uploads beside the batches
+
+    @property
+    def n_uploads(self) -> int:
+        """Uploads under way."""
+        return len(self._uploads)
+
+    def start_upload(self, layer: int, expert: int) -> None:
+        """Begin to bring an expert into the slot of the one worth least, for tokens to come.
+
+        Ask `can_load` first. Call `settle_uploads` of the layer before it is served again.
+        """
+        load = self.start_load(layer, expert)
+        self._under_way.remove(load)
+        self._uploads.append(load)
+
+    def settle_uploads(self, layer: int) -> list[Load]:
+        """Make resident what has come, waiting only for this layer's; returns what was settled.
+
+        A failed one left its slot empty and has its `error`: the next read of it will tell.
+        """
+        self._prefetcher.take_back_done()
+        settled = [load for load in self._uploads if load.is_done or load.layer == layer]
+        for load in settled:
+            self._prefetcher.wait(load)
+            self._uploads.remove(load)
+            self._settle_slot(load)
+        return settled
 
     # filling while nothing else is to do
 

@@ -14,10 +14,12 @@ from runner.experts.expert_cache import ExpertCache
 from runner.experts.miss_planner import MissPlanner
 from runner.experts.prefetcher import Load
 from runner.experts.streaming import Streaming
+from runner.experts.upload_choice import expert_to_upload
 from runner.miss_policy import DROPPED, RoutingPlan
 from runner.stats import StatsRecorder
 
 _N_WARM_UP = 2  # runs before one that is timed
+_MAX_UPLOADS = 2  # under way at a time, so that they never queue up before what is asked for
 
 
 class ExpertRunner:
@@ -97,6 +99,7 @@ class ExpertRunner:
         """
         if self._cache.is_reading:
             self._stop_filling()
+        self._settle_uploads(layer)
         table, is_counted = self._cache.table, not self._planner.is_exact
         apart = self._computes_apart(len(expert_ids))
         if table.has_all(layer) and not apart:
@@ -120,7 +123,27 @@ class ExpertRunner:
             streaming = Streaming(self._cache, self._passes, layer, plan, guess)
             streaming.run(extra, self.finish, lambda: self._guess_ahead(graph, layer))
             graph.apply_passes(plan.weights)
+        if len(expert_ids) == 1 and is_counted:
+            self._upload_ahead(layer, plan)
         return plan
+
+    def _upload_ahead(self, layer: int, plan: RoutingPlan) -> None:
+        """Bring to the device what the host had to compute, if that pays for tokens to come."""
+        cache = self._cache
+        if not (plan.on_host and cache.is_on_device and cache.n_uploads < _MAX_UPLOADS):
+            return
+        expert = expert_to_upload(cache.table, cache.store.costs, layer, plan.on_host)
+        if expert is not None and cache.can_load(layer):
+            cache.start_upload(layer, expert)
+
+    def _settle_uploads(self, layer: int) -> None:
+        if not self._cache.n_uploads:
+            return
+        started = time.perf_counter_ns()
+        for load in self._cache.settle_uploads(layer):
+            if load.error is None:
+                self._count_read(load)
+        self.wait_ns += time.perf_counter_ns() - started
 
     def _with_filler(self, layer: int, experts: np.ndarray) -> np.ndarray:
         """Pairs that nobody computes, of weight 0, go to a resident: ggml leaves none out."""
@@ -167,6 +190,9 @@ class ExpertRunner:
         started = time.perf_counter_ns()
         self._cache.finish(load)
         self.wait_ns += time.perf_counter_ns() - started
+        self._count_read(load)
+
+    def _count_read(self, load: Load) -> None:
         self._stats.record_read(load.layer, load.n_read_bytes, load.duration_ns)
         if not load.n_skipped_bytes:  # the rest of an expert says little about a whole one
             self._cache.store.observe_read(load.n_read_bytes, load.duration_ns / 1e9)

@@ -147,16 +147,17 @@ class ExpertStore:
 
     # what is cheaper
 
-    def is_cheaper_on_host(self, layer: int, expert: int) -> bool:
-        """Whether computing from the mapping beats reading into a slot and computing there.
+    def is_cheaper_on_host(self, layer: int, expert: int, n_pairs: int = 1) -> bool:
+        """Whether computing n_pairs from the mapping beats reading into a slot and computing there.
 
-        A later hit saves nothing here, since a slot and the mapping compute equally fast. Without
-        room for the file's pages the answer is no: they would not stay, and asking for them brings
-        some in.
+        What later hits would save is left out: on the CPU a slot and the mapping compute equally
+        fast, and for a device see `expert_to_upload`. Without room for the file's pages the answer
+        is no: they would not stay, and asking for them brings some in.
         """
         if not self.has_room:
             return False
-        if self._host_s_per_byte > self._read_s_per_byte + self._slot_s_per_byte:
+        host_s_per_byte = n_pairs * self._host_s_per_byte
+        if host_s_per_byte > self._read_s_per_byte + n_pairs * self._slot_s_per_byte:
             return False
         return self.is_in_memory(layer, expert)
 

@@ -104,4 +104,9 @@ class MissPlanner:
         if self._miss_action == "host":
             return frozenset(plan.loads)
         evicting = plan.loads[self._table.n_empty(layer) :]  # empty slots are for loads
-        return frozenset(e for e in evicting if self._store.is_cheaper_on_host(layer, e))
+        n_pairs = np.bincount(plan.experts[plan.experts >= 0], minlength=max(evicting, default=0))
+        return frozenset(
+            expert
+            for expert in evicting
+            if self._store.is_cheaper_on_host(layer, expert, int(n_pairs[expert]))
+        )

@@ -72,6 +72,11 @@ class Prefetcher:
         while not load.is_done:
             self._take_back(self._finished.get())
 
+    def take_back_done(self) -> None:
+        """Learn of loads that are done, without waiting."""
+        while not self._finished.empty():
+            self._take_back(self._finished.get())
+
     def close(self) -> None:
         """Finish the reads under way and end the thread."""
         self._requests.put(None)

@@ -97,6 +97,18 @@ class SlotTable:
         """How much each expert of a layer is worth keeping, (n_expert,)."""
         return eviction.worth(self.policy, self.last_used[layer], self.frequency[layer])
 
+    def recent_uses(self, layer: int, expert: int) -> float:
+        """How often an expert was asked for, older tokens counting less: see `LFU_HALF_LIFE`."""
+        return float(
+            self.frequency[layer, expert] * 2.0 ** -(self._n_tokens[layer] / LFU_HALF_LIFE)
+        )
+
+    def least_used(self, layer: int) -> int | None:
+        """The resident that was asked for least, of those that may leave now; None without any."""
+        experts = self.expert_in[layer, self._takeable(layer)[: self.expert_in.shape[1]]]
+        experts = experts[experts != EMPTY]
+        return int(experts[self.frequency[layer, experts].argmin()]) if len(experts) else None
+
     # what is where
 
     def residents(self, layer: int) -> np.ndarray:
