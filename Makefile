@@ -3,7 +3,10 @@ VENV   ?= .venv
 PYTHON ?= python3
 BIN    := $(VENV)/bin
 
-.PHONY: demo test quick style quality speed capped clean
+# A folder with the ggml and llama libraries of a build for the GPU (CONTRIBUTING.md)
+GPU_LIBS ?=
+
+.PHONY: demo test quick test-gpu style quality speed capped clean
 
 demo: $(VENV)/.installed  ## Chat with the model that ships inside the package
 	$(BIN)/buddyrun demo
@@ -13,6 +16,17 @@ test: $(VENV)/.installed-dev  ## The whole test suite
 
 quick: $(VENV)/.installed-dev  ## The tests of every day, under two minutes
 	$(BIN)/python -m pytest -m "not slow"
+
+# ggml takes a Vulkan device that is software only when it is named.
+test-gpu: $(VENV)/.installed-dev  ## What needs a GPU; GPU_LIBS=folder: with the libraries there
+ifneq ($(GPU_LIBS),)
+	$(BIN)/python -m tests.gpu_libraries "$(GPU_LIBS)" $(VENV)/gpu-libraries
+	LLAMA_CPP_LIB_PATH="$(abspath $(VENV)/gpu-libraries)" \
+	GGML_VK_VISIBLE_DEVICES="$${GGML_VK_VISIBLE_DEVICES-0}" \
+	$(BIN)/python -m pytest -m gpu --require-gpu
+else
+	$(BIN)/python -m pytest -m gpu --require-gpu
+endif
 
 style: $(VENV)/.installed-dev  ## Format the code and mend what ruff can mend
 	$(BIN)/ruff format .

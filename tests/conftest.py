@@ -1,13 +1,19 @@
-"""Models that many tests share; each is made once a session."""
+"""Models that many tests share, each made once a session; and the GPU for those that need one."""
 
 import os
 import signal
+from functools import cache
 from pathlib import Path
 
 import pytest
 
+from quant.devices import Device, devices
+from quant.errors import BackendError
+from quant.ggml_library import library_folder
 from tests.llama_cpp_oracle import quantize
 from tests.paths import DEMO, HELD_OUT
+
+NO_GPU = "needs a GPU, and ggml finds none (CONTRIBUTING.md: make test-gpu)"
 
 # Threads that wait for each other crawl on a machine that does something else meanwhile.
 os.environ["BUDDYRUN_THREADS"] = "1"
@@ -22,6 +28,47 @@ FILE_TYPES = {
     "F16": 1, "Q8_0": 7, "Q6_K": 18, "Q5_K": 17, "Q4_K": 15, "Q4_0": 2, "Q3_K": 12, "Q2_K": 10,
     "IQ4_XS": 30,
 }  # fmt: skip
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--require-gpu", action="store_true", help="no GPU is an error, not a skip")
+
+
+@pytest.hookimpl(trylast=True)  # when `-m` has chosen: ggml is loaded for tests that will run only
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    gpu_tests = [item for item in items if item.get_closest_marker("gpu")]
+    if not gpu_tests or find_gpu():
+        return
+    if config.getoption("--require-gpu"):
+        raise pytest.UsageError(f"no GPU device with the ggml libraries in {library_folder()}")
+    for item in gpu_tests:
+        item.add_marker(pytest.mark.skip(reason=NO_GPU))
+
+
+def pytest_report_collectionfinish(items: list[pytest.Item]) -> list[str]:
+    if not any(item.get_closest_marker("gpu") for item in items):
+        return []
+    gpu = find_gpu()
+    if gpu is None:
+        return ["no GPU device: gpu tests are skipped"]
+    return [f"gpu tests run on {gpu.name} ({gpu.description})"]
+
+
+@cache
+def find_gpu() -> Device | None:
+    """The first GPU of ggml's devices."""
+    try:
+        return next((device for device in devices() if device.is_gpu), None)
+    except BackendError as error:
+        raise pytest.UsageError(str(error)) from error
+
+
+@pytest.fixture(scope="session")
+def gpu_device() -> Device:
+    """For tests with the marker `gpu`, which are skipped where there is none."""
+    gpu = find_gpu()
+    assert gpu is not None, "this test needs the marker `gpu`"
+    return gpu
 
 
 @pytest.fixture(scope="session")
