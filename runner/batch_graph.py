@@ -16,6 +16,7 @@ from quant.graph import Graph, HostPort
 from runner import model
 from runner.device_state import BatchShape, EngineParts
 from runner.model import BatchTensors
+from runner.token_graph import TokenGraph
 
 _NODES_PER_LAYER = 64  # attention, router and experts together have fewer, sums over experts apart
 
@@ -38,16 +39,25 @@ class BatchGraph:
         self._graphs = [self._build(index, False) for index in range(n_graphs)]
         self._after_passes: dict[int, Graph] = {}  # by index, for layers computed in passes
         self._is_after_passes = False  # the experts of the routed layer were computed in passes
+        self._whole: dict[bool, TokenGraph] = {}  # all layers at once, by `is_restricted`
+        self._is_whole_done = False
         self.compute_ns = 0  # time inside ggml since the last `begin`
         self._make_ports()
 
     def close(self) -> None:
         for graph in (*self._graphs, *self._after_passes.values()):
             graph.close()
+        for whole in self._whole.values():
+            whole.close()
 
     def reserve(self, allocator: GraphAllocator) -> None:
         for graph in self._graphs:
             graph.reserve(allocator)
+
+    def check_support(self) -> None:
+        """Raise BackendError that names what the device cannot compute."""
+        for graph in self._graphs:
+            graph.check_support()
 
     def lay_out(self, allocator: GraphAllocator) -> None:
         """Place the values of all graphs; `allocator` serves graphs that are built later too."""
@@ -73,6 +83,24 @@ class BatchGraph:
             self._residual.upload()
         self.compute_ns = 0
         self._is_after_passes = False
+        self._is_whole_done = False
+
+    def run_whole(self, is_restricted: bool) -> None:
+        """Run all layers of a single token at once; `finish` then has nothing left to run.
+
+        Every expert must be resident in the slot of its number, or else is_restricted: the router
+        chooses among residents, which `EngineParts.residency` must know.
+        """
+        assert self.shape.n_tokens == 1 and not self.shape.is_trace
+        graph = self._whole.get(is_restricted)
+        if graph is None:
+            graph = TokenGraph(self._parts, self.shape.n_kv, is_restricted)
+            self._whole[is_restricted] = graph
+            graph.lay_out(self._allocator)
+        start = time.perf_counter_ns()
+        graph.compute()
+        self.compute_ns += time.perf_counter_ns() - start
+        self._is_whole_done = True
 
     def route(self, layer: int) -> np.ndarray:
         """Run up to and including the router of `layer`.
@@ -140,7 +168,8 @@ class BatchGraph:
 
     def finish(self) -> np.ndarray:
         """Run the rest; returns the last token's logits (n_vocab,), until the next run."""
-        self._compute(len(self._graphs) - 1)
+        if not self._is_whole_done:
+            self._compute(len(self._graphs) - 1)
         return self._logits_port.download()
 
     def _compute(self, index: int) -> None:

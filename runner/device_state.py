@@ -13,6 +13,7 @@ from quant.graph import Graph
 from runner.kv_cache import KVCache, padded_context
 from runner.model import BatchTensors, RouterTensors
 from runner.model_config import ModelConfig
+from runner.residency import Residency
 from runner.weights import ExpertSlabs, Weights
 
 _F32 = GGML_TYPES_BY_NAME["F32"].id
@@ -120,4 +121,5 @@ class EngineParts:
     slabs: tuple[ExpertSlabs | None, ...]  # per layer, what slot ids count in; None = dense layer
     kv: KVCache
     state: DeviceState
+    residency: Residency | None = None  # where the host need not be asked who computes what
     predicts: bool = False  # decoding predicts the next layer's experts, to read ahead

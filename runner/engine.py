@@ -399,11 +399,19 @@ class Engine:
         on_layer: Callable[[int, LayerTrace], None] | None = None,
     ) -> list[RoutingPlan]:
         """All layers of one batch; returns the plan of each layer with experts."""
-        experts = self._experts
-        if experts is not None and not experts.is_needed(graph.shape.n_tokens):
+        experts, n_tokens = self._experts, graph.shape.n_tokens
+        n_layer = self.model_config.n_layer
+        if experts is not None and not experts.is_needed(n_tokens):
             experts = None
+        if n_tokens == 1 and on_layer is None and self.model_config.is_moe:
+            residency = self._parts.residency
+            if experts is None:
+                graph.run_whole(is_restricted=False)
+                return [miss_policy.all_hits(self.model_config.n_expert_used)] * n_layer
+            if residency is not None and experts.can_run_whole(n_tokens):
+                return experts.run_whole(graph, residency)
         plans = []
-        for layer in range(self.model_config.n_layer):
+        for layer in range(n_layer):
             if cancelled():
                 raise CancelledError
             if not self.model_config.is_moe:
@@ -412,7 +420,7 @@ class Engine:
             expert_ids = graph.route(layer)
             if on_layer is not None:
                 on_layer(layer, trace_of(graph, expert_ids))
-                if layer == self.model_config.n_layer - 1:
+                if layer == n_layer - 1:
                     break  # a trace ends with the last router
             if experts is None:  # every expert's slot has its number, as the router wrote it
                 plans.append(miss_policy.all_resident(expert_ids))

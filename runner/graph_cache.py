@@ -7,6 +7,7 @@ from quant.ggml import GraphAllocator
 from runner.batch_graph import BatchGraph
 from runner.device_state import BatchShape, EngineParts
 from runner.expert_passes import ExpertPasses
+from runner.token_graph import TokenGraph
 
 _MAX_GRAPHS = 12  # the decode graph of every context block in use and a few prompt sizes
 
@@ -20,6 +21,12 @@ class GraphCache:
         self._allocator = GraphAllocator(parts.backend)
         with closing(BatchGraph(parts, largest)) as graph:
             graph.reserve(self._allocator)
+            if not parts.backend.is_host:
+                graph.check_support()
+        if parts.config.is_moe:
+            is_restricted = parts.residency is not None
+            with closing(TokenGraph(parts, largest.n_kv, is_restricted)) as token_graph:
+                token_graph.reserve(self._allocator)
         self.passes = ExpertPasses(parts, largest.n_tokens, self._allocator)
 
     def get(self, shape: BatchShape) -> BatchGraph:

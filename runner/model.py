@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from quant.ggml import Tensor
 from quant.graph import Graph
 from runner.model_config import ModelConfig, RopeConfig
+from runner.residency import LayerResidency
 from runner.weights import ExpertSlabs, LayerWeights, Weights
 
 _ROPE_NORM = 0  # rotates neighbouring pairs; the files' q and k are permuted for it
@@ -100,12 +101,35 @@ def route(
     g.copy(logits, out.scores)
     probabilities = g.soft_max(logits)
     ids = g.top_k(probabilities, k)
-    chosen = g.get_rows(g.reshape_3d(probabilities, 1, config.n_expert, n), ids)  # (1, k, n)
-    chosen = g.reshape_2d(chosen, k, n)
-    total = g.clamp(g.sum_rows(chosen), _SMALLEST_WEIGHT_SUM, float("inf"))
-    normalised = g.div(chosen, total)
+    normalised = _weights_of(g, config, probabilities, ids, n)
     g.copy(ids, out.expert_ids)
     g.copy(normalised, out.weights)
+
+
+def _weights_of(
+    g: Graph, config: ModelConfig, probabilities: Tensor, ids: Tensor, n: int
+) -> Tensor:
+    """The probabilities of the chosen experts, normalised to sum 1: (n_expert_used, n)."""
+    chosen = g.get_rows(g.reshape_3d(probabilities, 1, config.n_expert, n), ids)  # (1, k, n)
+    chosen = g.reshape_2d(chosen, config.n_expert_used, n)
+    total = g.clamp(g.sum_rows(chosen), _SMALLEST_WEIGHT_SUM, float("inf"))
+    return g.div(chosen, total)
+
+
+def route_to_residents(
+    g: Graph, config: ModelConfig, here: LayerResidency, out: RouterTensors
+) -> tuple[Tensor, Tensor]:
+    """The router restricted to residents, after `route` has written its scores to `here`.
+
+    Returns slot ids (n_expert_used, 1) and weights, in memory of `out`: the best residents by
+    score, weighed by the softmax over them.
+    """
+    k = config.n_expert_used
+    probabilities = g.soft_max(g.add(here.scores, here.mask))
+    ids = g.top_k(probabilities, k)
+    slots = g.reshape_2d(g.get_rows(here.slot_of, ids), k, 1)
+    weights = _weights_of(g, config, probabilities, ids, 1)
+    return g.copy(slots, out.expert_ids), g.copy(weights, out.weights)
 
 
 def predict_route(

@@ -15,7 +15,8 @@ from runner.experts.miss_planner import MissPlanner
 from runner.experts.prefetcher import Load
 from runner.experts.streaming import Streaming
 from runner.experts.upload_choice import expert_to_upload
-from runner.miss_policy import DROPPED, RoutingPlan
+from runner.miss_policy import DROPPED, Routing, RoutingPlan
+from runner.residency import Residency
 from runner.stats import StatsRecorder
 
 _N_WARM_UP = 2  # runs before one that is timed
@@ -90,6 +91,29 @@ class ExpertRunner:
         self.wait_ns += time.perf_counter_ns() - started
         for load in loads:
             self._stats.record_read(load.layer, load.n_read_bytes, load.duration_ns)
+
+    def can_run_whole(self, n_tokens: int) -> bool:
+        """Whether the host has nothing to decide about a batch: a single token whose router is
+        restricted to residents, with every slot filled."""
+        cache = self._cache
+        if n_tokens > 1 or not self._planner.is_restriction or cache.is_reading or cache.n_uploads:
+            return False
+        table = cache.table
+        return not any(table.has_empty(layer) for layer in range(len(table.n_slots)))
+
+    def run_whole(self, graph: BatchGraph, residency: Residency) -> list[RoutingPlan]:
+        """Compute all layers at once where `can_run_whole`; returns the plan of each."""
+        table = self._cache.table
+        residency.update(table.slot_of)
+        graph.run_whole(is_restricted=True)
+        expert_ids, weights, scores = residency.routed()
+        plans = []
+        for layer, is_resident in enumerate(table.slot_of >= 0):
+            rows = slice(layer, layer + 1)
+            routing = Routing(expert_ids[rows], weights[rows], scores[rows], is_resident)
+            table.record_use(layer, routing.expert_ids)
+            plans.append(self._planner.plan_routing(layer, routing))
+        return plans
 
     def serve(self, graph: BatchGraph, layer: int, expert_ids: np.ndarray) -> RoutingPlan:
         """Decide how the routed layer's pairs are computed, and see that they can be.

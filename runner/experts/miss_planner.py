@@ -43,6 +43,11 @@ class MissPlanner:
         """Whether a missing expert may have to be read, with every slot filled."""
         return self._buddies is None or self.is_exact or not self._buddies.takes_every_miss
 
+    @property
+    def is_restriction(self) -> bool:
+        """Whether the batch's router is restricted to residents, whatever it asks for."""
+        return self._buddies is not None and not self.is_exact and self._buddies.is_restriction
+
     def begin(self, n_tokens: int, is_exact: bool = False) -> None:
         """A batch comes. is_exact: nobody stands in, and the budget does not notice."""
         self.is_exact = is_exact
@@ -65,7 +70,10 @@ class MissPlanner:
         if is_resident[expert_ids].all():
             return self.plan_of_all(expert_ids)
         weights, scores = graph.router_weights(), graph.router_scores()
-        routing = Routing(expert_ids, weights, scores, is_resident)
+        return self.plan_routing(layer, Routing(expert_ids, weights, scores, is_resident))
+
+    def plan_routing(self, layer: int, routing: Routing) -> RoutingPlan:
+        """The plan of a layer whose routing is known as a whole."""
         choice = self._choose(layer, routing)
         plan = miss_policy.plan(choice, routing)
         on_host = self._to_compute_on_host(layer, plan)

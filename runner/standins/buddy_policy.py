@@ -42,6 +42,11 @@ class BuddyPolicy:
         """Whether any pair may be given away, whatever its rank and what was spent."""
         return not self.is_bounded and self._min_rank == 1
 
+    @property
+    def is_restriction(self) -> bool:
+        """Whether it does nothing but restrict the router to residents, always."""
+        return self.name == "resident" and self.takes_every_miss
+
     def begin(self, n_tokens: int) -> None:
         """A batch comes."""
         self._n_tokens = n_tokens

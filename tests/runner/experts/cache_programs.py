@@ -16,6 +16,7 @@ import gguf
 import numpy as np
 import pytest
 
+from quant.devices import Device
 from quant.ggml import Backend, Tensor
 from quant.gguf_file import GGUFFile
 from runner import miss_policy
@@ -27,6 +28,7 @@ from runner.experts.expert_store import ExpertStore
 from runner.experts.prefetcher import Load
 from runner.experts.slot_memory import Parts
 from runner.experts.slot_table import EMPTY, SlotTable
+from runner.experts.uploads import Piece
 from runner.model_config import ModelConfig
 from tests.random_model import RandomModel, write_random_model
 from tests.runner.experts.slot_model import TableProgram
@@ -55,13 +57,18 @@ class OpenModel:
     """A model's file for the code under test, and its experts as the gguf package reads them."""
 
     def __init__(
-        self, folder: Path, shape: RandomModel, file_type: type[GGUFFile] = GGUFFile
+        self,
+        folder: Path,
+        shape: RandomModel,
+        file_type: type[GGUFFile] = GGUFFile,
+        device: Device | None = None,
     ) -> None:
+        """device: where the slots are; None = the CPU."""
         folder.mkdir(exist_ok=True)
         self.path = write_random_model(folder / "model.gguf", shape)
         self.file = file_type.open(self.path)
         self.config = read_model(self.file)
-        self.backend = Backend.cpu(1)
+        self.backend = Backend.cpu(1) if device is None else Backend.on(device)
         self._tensors = {tensor.name: tensor.data for tensor in gguf.GGUFReader(self.path).tensors}
         self.experts = [
             [self._expert(layer, expert) for expert in range(self.config.n_expert)]
@@ -101,15 +108,15 @@ class OpenModel:
 class OpenModels:
     """Models that tests share; each is written and opened once."""
 
-    def __init__(self, folder: Path) -> None:
-        self._folder = folder
+    def __init__(self, folder: Path, device: Device | None = None) -> None:
+        self._folder, self._device = folder, device
         self._opened: dict[tuple[str, type[GGUFFile]], OpenModel] = {}
 
     def get(self, name: str, file_type: type[GGUFFile] = GGUFFile) -> OpenModel:
         key = name, file_type
         if key not in self._opened:
             folder = self._folder / f"{name}-{file_type.__name__}"
-            self._opened[key] = OpenModel(folder, SHAPES[name], file_type)
+            self._opened[key] = OpenModel(folder, SHAPES[name], file_type, self._device)
         return self._opened[key]
 
     def close(self) -> None:
@@ -129,6 +136,13 @@ class CommandedStore(ExpertStore):
         self._n_allowed: float = inf
         self._n_ended = self._n_ahead = 0
         self._turn = threading.Condition()
+        self._how = ""  # the read under way is spoiled, where it is one in pieces
+        self._n_bytes_left = 0  # of that
+        self._first_pieces = {
+            (ranges.gate.shard, ranges.gate.offset): (layer, expert)
+            for layer, row in enumerate(self._ranges)
+            for expert, ranges in enumerate(row)
+        }
 
     def allow(self, n_reads: float) -> None:
         """Let this many reads in all go on; those behind wait."""
@@ -152,17 +166,44 @@ class CommandedStore(ExpertStore):
             self._turn.wait_for(lambda: self._n_ahead >= n_guesses)
 
     def read(self, layer: int, expert: int, parts: Parts, *ready: int) -> None:
+        how = self._begin(layer, expert)
+        try:
+            self._read(how, layer, expert, parts, *ready)
+        finally:
+            self._end()
+
+    def read_piece(self, piece: Piece, memory: memoryview) -> memoryview:
+        """The first piece of an expert begins a read; `check` ends it."""
+        first_of = self._first_pieces.get((piece.shard, piece.offset))
+        if first_of is not None:
+            self._how = self._begin(*first_of)
+            self._n_bytes_left = self.n_bytes(first_of[0])
+        is_late = self._n_bytes_left < self._ranges[0][0].n_bytes // 2  # alike in all layers
+        if self._how == "at once" or (self._how == "half" and is_late):
+            self._end()
+            raise GGUFError(f"this piece was {SPOILED}")
+        self._n_bytes_left -= piece.n_bytes
+        return super().read_piece(piece, memory)
+
+    def check(self) -> None:
+        self._end()
+        if self._how:
+            raise GGUFError(f"this read was {SPOILED}")
+        super().check()
+
+    def _begin(self, layer: int, expert: int) -> str:
+        """Wait for leave to read; returns how the read is to be spoiled."""
         with self._turn:
             number = len(self.reads)
             self.reads.append((layer, expert))
             self._turn.notify_all()
             self._turn.wait_for(lambda: number < self._n_allowed)
-        try:
-            self._read(self.spoiled.get(number, ""), layer, expert, parts, *ready)
-        finally:
-            with self._turn:
-                self._n_ended += 1
-                self._turn.notify_all()
+        return self.spoiled.get(number, "")
+
+    def _end(self) -> None:
+        with self._turn:
+            self._n_ended += 1
+            self._turn.notify_all()
 
     def _read(self, how: str, layer: int, expert: int, parts: Parts, *ready: int) -> None:
         if how in ("", "late"):
@@ -189,7 +230,7 @@ class CommandedStore(ExpertStore):
                 self._n_ahead += 1
                 self._turn.notify_all()
 
-    def is_cheaper_on_host(self, layer: int, expert: int) -> bool:
+    def is_cheaper_on_host(self, layer: int, expert: int, n_pairs: int = 1) -> bool:
         return self._prices.random() < 0.5
 
 
@@ -200,11 +241,13 @@ class CacheProgram(TableProgram):
     """Loads that are late, fail and end in any order, next to the operations of the table."""
 
     operations = (
-        *("start",) * 8, *("finish",) * 6, "allow", *("guess",) * 2, "plan", "use", "use", "hold",
-        "hold_only", "release", "release", "pin", "unpin", "unpin", "expect",
+        *("start",) * 8, *("finish",) * 6, *("upload",) * 2, *("settle_uploads",) * 2, "allow",
+        *("guess",) * 2, "plan", "use", "use", "hold", "hold_only", "release", "release", "pin",
+        "unpin", "unpin", "expect",
     )  # fmt: skip
     ends = ("finish",)
     begins = "start"
+    on_all_layers = ("expect", "settle_uploads")
 
     def __init__(
         self,
@@ -224,6 +267,7 @@ class CacheProgram(TableProgram):
         self._begin(rng, self.cache.table)
         self.model = model
         self.number_of: dict[Load, int] = {}  # loads under way -> their places in the row
+        self.upload_number_of: dict[Load, int] = {}  # those that nobody waits for
         self.n_started = self.n_allowed = self.n_guesses = 0
 
     def close(self) -> None:
@@ -243,7 +287,10 @@ class CacheProgram(TableProgram):
 
     def finish(self, layer: int) -> None:
         """End one of the layer's loads, whenever the others end."""
-        load = self.rng.choice([load for load in self.number_of if load.layer == layer])
+        loads = [load for load in self.number_of if load.layer == layer]
+        if not loads:  # only uploads are under way
+            return
+        load = self.rng.choice(loads)
         number = self.number_of.pop(load)
         is_spoiled = number in self.store.spoiled
         self._allow(number + 1)
@@ -255,9 +302,27 @@ class CacheProgram(TableProgram):
             assert raised.value is load.error
         else:
             self.cache.finish(load)
-        assert load.is_done and (load.error is not None) == is_spoiled
-        end = self.layers[layer].fail if is_spoiled else self.layers[layer].commit
-        end(load.slot)
+        self._note_end(load, is_spoiled)
+
+    def upload(self, layer: int) -> None:
+        """Begin a load that nobody waits for."""
+        expert = self._some_expert(layer)
+        if self._can_start(layer) and expert in self.layers[layer].missing():
+            self._spoil_some()
+            self.cache.start_upload(layer, expert)
+            load = self.cache._uploads[-1]
+            self._note_start(load, self.upload_number_of)
+
+    def settle_uploads(self, layer: int) -> None:
+        """As before the layer is served: what it waits for is there, and what came of others."""
+        awaited = [load for load in self.upload_number_of if load.layer == layer]
+        self._allow(max((self.upload_number_of[load] + 1 for load in awaited), default=0))
+        settled = self.cache.settle_uploads(layer)
+        assert set(awaited) <= set(settled), "an upload of this layer is still under way"
+        for load in settled:
+            self._note_end(load, self.upload_number_of.pop(load) in self.store.spoiled)
+        assert self.cache.n_uploads == len(self.upload_number_of)
+        self.n_done["uploads settled"] += len(settled)
 
     def allow(self, layer: int) -> None:
         """Let some of the loads be read while other things happen."""
@@ -294,12 +359,23 @@ class CacheProgram(TableProgram):
         return can_start
 
     def _start(self, layer: int, expert: int, guess: Load | None = None) -> None:
+        self._spoil_some()
+        load = self.cache.start_load(layer, expert, guess)
+        self._note_start(load, self.number_of)
+
+    def _spoil_some(self) -> None:
         if self.rng.random() < 0.3:
             self.store.spoiled[self.n_started] = self.rng.choice(WAYS_TO_SPOIL)
-        load = self.cache.start_load(layer, expert, guess)
-        self.layers[layer].take(expert, load.slot)
-        self.number_of[load] = self.n_started
+
+    def _note_start(self, load: Load, numbers: dict[Load, int]) -> None:
+        self.layers[load.layer].take(load.expert, load.slot)
+        numbers[load] = self.n_started
         self.n_started += 1
+
+    def _note_end(self, load: Load, is_spoiled: bool) -> None:
+        assert load.is_done and (load.error is not None) == is_spoiled
+        layer = self.layers[load.layer]
+        (layer.fail if is_spoiled else layer.commit)(load.slot)
 
     def _allow(self, n_reads: int) -> None:
         self.n_allowed = max(self.n_allowed, n_reads)
