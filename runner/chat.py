@@ -13,6 +13,7 @@ from runner.errors import (
     CancelledError,
     ContextFullError,
     InternalError,
+    OutOfMemoryError,
     WorkerDiedError,
 )
 from runner.protocol import GenerateResult, ModelInfo, PromptProgress, TextPiece
@@ -149,9 +150,11 @@ class Chat:
             self._say_log()
         if isinstance(error, ContextFullError):
             self._view.say(f"{self._what_is_left()} {_WHAT_TO_DO}")
-        elif not isinstance(error, WorkerDiedError):
+        elif not isinstance(error, WorkerDiedError | OutOfMemoryError):
             self._view.say("/regen tries your last message again.")
         elif self._restart():
+            for warning in self._state.info.warnings:
+                self._view.warn(warning)
             self._view.say("Restarted; your conversation is kept. /regen answers it again.")
 
     def _what_is_left(self) -> str:

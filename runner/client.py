@@ -10,10 +10,16 @@ from types import TracebackType
 from typing import Any, Self
 
 from runner import errors, protocol
-from runner.config import EngineConfig, GenerateRequest
+from runner.config import MOE_CACHE_AUTO, EngineConfig, GenerateRequest
 from runner.doctor_report import DoctorReport
-from runner.errors import BuddyrunError, CancelledError, InternalError, WorkerDiedError
-from runner.process.worker_death import Circumstances, explain
+from runner.errors import (
+    BuddyrunError,
+    CancelledError,
+    InternalError,
+    OutOfMemoryError,
+    WorkerDiedError,
+)
+from runner.process.worker_death import Circumstances, explain, lacked_device_memory
 from runner.process.worker_process import WorkerProcess
 from runner.protocol import (
     BenchFields,
@@ -40,6 +46,7 @@ LAST_REPLIES = (
     "doctor_done", "stats", "error",
 )  # fmt: skip
 _ENVELOPE = ("type", "id")  # of every message
+_FEWER_SLOTS = 0.85  # of those that were too many for a GPU
 POLL_S = 0.5  # Windows lets Ctrl-C through only between waits
 
 OnProgress = Callable[[str, int, int], None]
@@ -57,6 +64,8 @@ class Client:
     def __init__(self) -> None:
         self._ids = itertools.count(1)
         self._loaded: LoadFields | None = None
+        self._info: ModelInfo | None = None  # of the last load
+        self._lacked_device_memory = False  # when something went wrong last
         self._job: int | None = None  # the id of the running one
         self._dropped: int | None = None  # a job whose reader went away before its end
         self._open_worker()
@@ -102,12 +111,31 @@ class Client:
         return self._load(on_progress)
 
     def restart(self, on_progress: OnProgress | None = None) -> ModelInfo:
-        """Replace the worker, dead or alive, by a new one and load the same model again."""
+        """Replace the worker, dead or alive, by a new one and load the same model again; with
+        fewer slots for experts, and a warning, where the memory of a GPU had run out."""
         assert self._loaded is not None, "nothing was loaded that could be loaded again"
         self._worker.kill()
         self._worker.end()
         self._open_worker()
-        return self._load(on_progress)
+        warning = self._ask_for_fewer_slots() if self._lacked_device_memory else ""
+        self._lacked_device_memory = False
+        info = self._load(on_progress)
+        return replace(info, warnings=(*info.warnings, warning)) if warning else info
+
+    def _ask_for_fewer_slots(self) -> str:
+        """Change the settings; returns what to tell the user, "" when there is no fewer."""
+        info = self._info
+        has_gpu = info is not None and info.device_memory is not None
+        n_slots = min(info.moe_cache_slots, default=0) if info is not None and has_gpu else 0
+        if self._loaded is None or n_slots < 2:
+            return ""
+        fewer = max(1, min(n_slots - 1, int(n_slots * _FEWER_SLOTS)))
+        engine = replace(self._loaded.engine, moe_cache_slots=fewer, moe_cache_bytes=MOE_CACHE_AUTO)
+        self._loaded = replace(self._loaded, engine=engine)
+        return (
+            f"The GPU's memory ran out: {fewer} slots per layer now instead of {n_slots}. A larger "
+            "--fit-margin avoids that."
+        )
 
     def generate(
         self, request: GenerateRequest
@@ -236,6 +264,7 @@ class Client:
             elif reply["type"] == "loaded":
                 info = protocol.parse(ModelInfo, reply["info"])
         assert info is not None
+        self._info = info
         return info
 
     def _run_on_file(
@@ -312,11 +341,13 @@ class Client:
             if reply is None:
                 raise self._death()
             if reply["type"] == "error":
+                self._lacked_device_memory = reply["kind"] == OutOfMemoryError.__name__
                 raise _as_error(reply)
             return reply
 
     def _death(self) -> WorkerDiedError:
         status = self._worker.end()
+        self._lacked_device_memory = lacked_device_memory(self._worker.log)
         return WorkerDiedError(explain(status, self._worker.log, self._circumstances))
 
 

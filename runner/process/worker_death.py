@@ -13,7 +13,11 @@ _WINDOWS_STATUS = {
     0xC000001D: "SIGILL",
     0xC0000409: "SIGABRT",
 }
-_TELLING = re.compile(r"GGML_ASSERT|CUDA error: |failed to allocate|out of memory")
+_DEVICE_MEMORY = re.compile(r"OutOfDeviceMemory|CUDA error: out of memory|cudaMalloc failed")
+_DEVICE_LOST = re.compile(r"DeviceLost|device was lost|CUDA error: ")
+_TELLING = re.compile(
+    r"GGML_ASSERT|CUDA error: |failed to allocate|out of memory|OutOfDeviceMemory|DeviceLost"
+)
 _NOT_A_CAUSE = re.compile(r"Fatal Python error|Extension modules:|Current thread|Thread 0x")
 
 
@@ -33,6 +37,11 @@ class Circumstances:
         except OSError:
             n_bytes = 0
         return Circumstances(model, n_bytes, _oom_kills())
+
+
+def lacked_device_memory(log: str) -> bool:
+    """Whether a worker with this stderr text ended because a GPU's memory ran out."""
+    return _DEVICE_MEMORY.search(log) is not None
 
 
 def explain(status: int | None, log: str, before: Circumstances) -> str:
@@ -93,6 +102,13 @@ def _sigbus(before: Circumstances) -> str:
 
 def _sigabrt(log: str) -> str:
     line = _telling_line(log)
+    if lacked_device_memory(log):
+        return f"The GPU ran out of memory ({line})."
+    if _DEVICE_LOST.search(line):
+        return (
+            f"The GPU was lost ({line}): its driver gave up, as after an update, a standby or too"
+            " much heat. --device cpu goes on without it."
+        )
     if "bad_alloc" in line or re.search("out of memory|failed to allocate", line):
         return f"The engine ran out of memory ({line}). A smaller context (-c) needs less."
     if not line:
