@@ -48,11 +48,16 @@ class Desk:
         self.table = SlotTable((len(residents) + n_empty,) * N_LAYER, n_expert, "lru")
         for expert in residents:
             self.table.commit(0, self.table.take(0, expert))
-        store = SimpleNamespace(is_cheaper_on_host=lambda layer, e: e in self.cheap_on_host)
+        self.n_pairs_of: dict[int, int] = {}  # what the store was asked about
+        store = SimpleNamespace(is_cheaper_on_host=self._is_cheap)
         passes = SimpleNamespace(has_host=lambda layer: True)
         cache: Any = SimpleNamespace(table=self.table, store=store)
         miss_action = settings.pop("miss_action", "load")
         self.planner = MissPlanner(cache, passes, miss_action, buddies, **settings)  # type: ignore[arg-type]
+
+    def _is_cheap(self, layer: int, expert: int, n_pairs: int) -> bool:
+        self.n_pairs_of[expert] = n_pairs
+        return expert in self.cheap_on_host
 
     def plan(self, scores: Any, n_used: int = 2, is_exact: bool = False) -> RoutingPlan:
         routing = routed(scores, tuple(self.table.residents(0).tolist()), n_used)
@@ -125,6 +130,15 @@ def test_empty_slots_are_for_experts_that_would_be_computed_on_the_host() -> Non
     desk.cheap_on_host = {B, C}
     plan = desk.plan(odds(TOKEN), n_used=3)
     assert (plan.loads, plan.on_host) == ((B,), (C,))
+
+
+def test_the_host_is_weighed_with_all_pairs_that_a_batch_has_for_an_expert() -> None:
+    desk = Desk([A], miss_action="auto")
+    desk.cheap_on_host = {B}
+    plan = desk.plan(odds((6, 4, 3, 2), (6, 4, 3, 2), (4, 3, 6, 2)))
+    assert plan.experts.tolist() == [[A, B], [A, B], [C, A]]
+    assert desk.n_pairs_of == {B: 2, C: 1}
+    assert (plan.loads, plan.on_host) == ((C,), (B,)) and ways(plan) == [3, 1, 2, 0, 0]
 
 
 def test_what_is_left_to_read_may_be_computed_on_the_host() -> None:
