@@ -17,8 +17,6 @@ from runner.protocol import BenchSample, ModelInfo
 from runner.stats import share
 from runner.terminal.terminal_text import visible_line
 
-_BACKEND = "CPU"  # the only one that the engine runs on
-
 
 @dataclass(frozen=True)
 class BenchRecord:
@@ -82,7 +80,7 @@ def record(sample: BenchSample, setting: BenchSetting, test_time: str) -> BenchR
     return BenchRecord(
         cpu_info=cpu_name(),
         gpu_info="",
-        backends=_BACKEND,
+        backends=info.backend,
         model_filename=info.path,
         model_type=info.description,
         model_size=info.size_bytes,

@@ -16,7 +16,7 @@ from runner.errors import BuddyrunError
 from runner.terminal import cli_options as options
 from runner.terminal.cli_options import Params
 from runner.terminal.command_group import DefaultGroup, FlagCommand, SectionedCommand
-from runner.terminal.device_options import DEVICE_FLAGS
+from runner.terminal.device_options import DEVICE_FLAGS, SHOW_DEVICE_FLAGS
 from runner.terminal.expert_options import EXPERT_FLAGS, EXPERT_PLAN_FLAGS, planned_cache
 from runner.terminal.frontier_options import FRONTIER_FLAGS, flags_without_meaning
 from runner.terminal.perplexity_options import PERPLEXITY_FLAGS
@@ -284,6 +284,7 @@ commands = DefaultGroup(
                 options.MODEL_FLAG,
                 options.switch("--json", "as_json", help="Print JSON."),
                 options.switch("--template", "template", help="Print the chat template too."),
+                *SHOW_DEVICE_FLAGS,
                 *EXPERT_PLAN_FLAGS,
                 options.CTX_SIZE_FLAG,
                 *options.BATCH_FLAGS,

@@ -98,6 +98,7 @@ class ModelInfo:
     buddy: str = ""  # the policy that lets others stand in for missing experts; "" = none
     buddy_budget: float = 0.0  # the most of the router's weight that they may carry
     buddy_profile: str = ""  # the file that the policy was made with
+    backend: str = "CPU"  # ggml's: "CPU", "CUDA", "Vulkan", "Metal"
     device_memory: DeviceMemory | None = None  # of a GPU
     warnings: tuple[str, ...] = ()  # what nobody should overlook, each one sentence
     notes: tuple[str, ...] = ()  # things the user should know, each one sentence

@@ -323,6 +323,7 @@ def _describe(path: str, model: LoadedModel, load_s: float) -> ModelInfo:
         buddy=engine.buddies.name,
         buddy_budget=engine.buddies.budget,
         buddy_profile=engine.buddies.profile,
+        backend=engine.backend.device.backend,
         device_memory=engine.device_memory(),
         warnings=engine.warnings,
         notes=engine.notes + template_notes,

@@ -9,7 +9,8 @@ from runner.checks.model_keys import ModelKeys
 from runner.config import EngineConfig
 from runner.engine_limits import choose_limits
 from runner.experts.cache_plan import plan_cache
-from runner.experts.other_memory import other_memory
+from runner.experts.device_plan import plan_device
+from runner.experts.other_memory import device_memory, other_memory
 from runner.hardware import available_memory_bytes
 from runner.model_config import ModelConfig
 from runner.model_sizes import ModelSizes, kv_bytes_per_token, model_sizes
@@ -53,6 +54,20 @@ class ExpertCache:
     headroom_bytes: int
     left_bytes: int | None  # without a cache: for the file's experts
     notes: tuple[str, ...]
+    device: str = ""  # whose memory it is; "" = the host's
+
+
+@dataclass(frozen=True)
+class ReportedDevice:
+    """A GPU as the engine's process told of it."""
+
+    name: str
+    free_bytes: int
+    total_bytes: int
+
+    def memory_bytes(self) -> tuple[int, int]:
+        """Free and total."""
+        return self.free_bytes, self.total_bytes
 
 
 @dataclass(frozen=True)
@@ -101,11 +116,12 @@ def describe(
     config: ModelConfig,
     template: bool = False,
     run_config: EngineConfig | None = None,
+    device: ReportedDevice | None = None,
 ) -> ModelDescription:
     """Collect what there is to say of an open model; `template` adds the chat template's text.
 
-    `run_config` adds the expert cache that a run with these settings would have; then it raises
-    OptionError as the run would.
+    `run_config` adds the expert cache that a run with these settings would have, in the memory of
+    `device` if that is given; then it raises OptionError as the run would.
     """
     keys = ModelKeys(file)
     sizes = model_sizes(file, config)
@@ -144,7 +160,7 @@ def describe(
         n_vocab=config.n_vocab,
         has_chat_template=bool(chat_template),
         chat_template=chat_template if template else None,
-        moe_cache=_expert_cache(run_config, config, sizes) if run_config else None,
+        moe_cache=_expert_cache(run_config, config, sizes, device) if run_config else None,
         notes=config.notes,
     )
 
@@ -187,12 +203,19 @@ def _license(file: GGUFFile) -> str:
     return value if isinstance(value, str) else "(a long text in the file)"
 
 
-def _expert_cache(run_config: EngineConfig, config: ModelConfig, sizes: ModelSizes) -> ExpertCache:
-    available = available_memory_bytes()
+def _expert_cache(
+    run_config: EngineConfig, config: ModelConfig, sizes: ModelSizes, device: ReportedDevice | None
+) -> ExpertCache:
+    available: int | None = available_memory_bytes()
     limits = choose_limits(run_config, config)
-    shape = (limits.n_ctx, limits.n_batch, available)
-    plan = plan_cache(run_config, config, sizes, *shape)
-    other = other_memory(run_config, config, sizes, *shape)
+    n_ctx, n_batch = limits.n_ctx, limits.n_batch
+    if device is None:
+        plan = plan_cache(run_config, config, sizes, n_ctx, n_batch, available)
+        other = other_memory(run_config, config, sizes, n_ctx, n_batch, available)
+    else:
+        plan = plan_device(run_config, config, sizes, n_ctx, n_batch, device, available)
+        other = device_memory(run_config, config, sizes, n_ctx, n_batch)
+        available = plan.available_bytes
     n_experts = config.n_layer * config.n_expert
     return ExpertCache(
         n_slots=plan.n_slots,
@@ -208,6 +231,7 @@ def _expert_cache(run_config: EngineConfig, config: ModelConfig, sizes: ModelSiz
         headroom_bytes=other.headroom_bytes,
         left_bytes=plan.left_bytes,
         notes=plan.notes,
+        device="" if device is None else device.name,
     )
 
 
@@ -282,13 +306,17 @@ def _cache_rows(d: ModelDescription, c: ExpertCache) -> list[tuple[str, str]]:
             ("slots per layer", f"{range_text(c.n_slots)} of {d.n_expert}"),
             ("all slots", f"{bytes_text(c.n_bytes)}, {share}"),
         ]
+    free = f"free on {c.device}" if c.device else "memory available"
     return [
         *rows,
         ("other weights", bytes_text(c.weights_bytes)),
         ("KV cache", f"{bytes_text(c.kv_bytes)} for {c.n_ctx} tokens"),
         ("compute memory", f"{bytes_text(c.compute_bytes)} for batches of {c.n_batch}"),
-        ("headroom", bytes_text(c.headroom_bytes)),
-        ("memory available", _memory_text(c.available_bytes)),
+        ("left to others" if c.device else "headroom", bytes_text(c.headroom_bytes)),
+        (
+            f"free on {c.device}" if c.device else "memory available",
+            _memory_text(c.available_bytes),
+        ),
         ("left" if c.n_slots else "left for experts", _memory_text(c.left_bytes)),
     ]
 

@@ -1,8 +1,8 @@
 """How many slots for experts the memory of a device buys. Allocates nothing."""
 
 from dataclasses import replace
+from typing import Protocol
 
-from quant.devices import Device
 from runner.byte_sizes import bytes_text, flag_text
 from runner.config import MOE_CACHE_AUTO, MOE_CACHE_OFF, EngineConfig
 from runner.errors import OptionError
@@ -16,13 +16,23 @@ _MATRICES = 3
 _FEWER = 0.9  # of the slots, after the device had less memory than it said
 
 
+class DeviceLike(Protocol):
+    """What a plan needs to know of a device: `quant.devices.Device` has it."""
+
+    @property
+    def name(self) -> str: ...
+
+    def memory_bytes(self) -> tuple[int, int]:
+        """Free and total."""
+
+
 def plan_device(
     config: EngineConfig,
     model: ModelConfig,
     sizes: ModelSizes,
     n_ctx: int,
     n_batch: int,
-    device: Device,
+    device: DeviceLike,
     host_available: int | None,
 ) -> CachePlan:
     """Give the slots what the other weights, keys and values and graphs leave of the device.
@@ -39,7 +49,7 @@ def plan_device(
     )
     plan = CachePlan((), 0, 0, available, other.n_bytes, (), True, has_room)
     if not sizes.expert_bytes:
-        _check_fits(config, device, other, available)
+        _check_fits(device, other, available)
         return plan
     if config.moe_cache_bytes == MOE_CACHE_OFF:
         raise OptionError(
@@ -84,13 +94,15 @@ def _budget(config: EngineConfig, sizes: ModelSizes, other: OtherMemory, availab
     return max(0, available - other.n_bytes)
 
 
-def _check_fits(config: EngineConfig, device: Device, other: OtherMemory, available: int) -> None:
+def _check_fits(
+    config: EngineConfig, device: DeviceLike, other: OtherMemory, available: int
+) -> None:
     """A model without experts is on the device as a whole, or not at all."""
     if other.n_bytes - other.headroom_bytes > available:
         raise OptionError(f"{_taken(device, other, available)}: use --device cpu")
 
 
-def _shortage(device: Device, sizes: ModelSizes, other: OtherMemory, plan: CachePlan) -> str:
+def _shortage(device: DeviceLike, sizes: ModelSizes, other: OtherMemory, plan: CachePlan) -> str:
     smallest = sum(_costs(sizes))
     return (
         f"{_taken(device, other, plan.available_bytes or 0)}; one expert of each layer takes "
@@ -98,7 +110,7 @@ def _shortage(device: Device, sizes: ModelSizes, other: OtherMemory, plan: Cache
     )
 
 
-def _taken(device: Device, other: OtherMemory, available: int) -> str:
+def _taken(device: DeviceLike, other: OtherMemory, available: int) -> str:
     return (
         f"{device.name} has {bytes_text(available)} of memory free and the model takes "
         f"{bytes_text(other.n_bytes)} besides its experts (weights "
@@ -108,7 +120,9 @@ def _taken(device: Device, other: OtherMemory, available: int) -> str:
     )
 
 
-def _check_room(config: EngineConfig, device: Device, other: OtherMemory, plan: CachePlan) -> None:
+def _check_room(
+    config: EngineConfig, device: DeviceLike, other: OtherMemory, plan: CachePlan
+) -> None:
     """Refuse slots that cannot be had; what only cuts into the margin is the user's choice."""
     flag = f"--moe-cache-slots {config.moe_cache_slots}" if config.moe_cache_slots else ""
     if plan.n_bytes > plan.budget_bytes:
@@ -126,7 +140,7 @@ def _check_room(config: EngineConfig, device: Device, other: OtherMemory, plan: 
         )
 
 
-def _notes(device: Device, plan: CachePlan) -> tuple[str, ...]:
+def _notes(device: DeviceLike, plan: CachePlan) -> tuple[str, ...]:
     if plan.left_bytes is None or plan.left_bytes >= 0:
         return ()
     return (f"Less than --fit-margin of {device.name}'s memory is left free.",)

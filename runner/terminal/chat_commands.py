@@ -15,7 +15,7 @@ from runner.stats import StatsSnapshot
 from runner.terminal.cache_text import cache_text
 from runner.terminal.chat_file import load_chat, read_text_file, save_chat
 from runner.terminal.chat_input import without_quotes
-from runner.terminal.chat_view import ChatView, count, model_line
+from runner.terminal.chat_view import ChatView, count, device_memory_line, model_line
 from runner.terminal.conversation import ChatSettings, Conversation
 from runner.terminal.history import LineHistory
 from runner.terminal.sampling_options import N_PREDICT, SAMPLING_OPTIONS, find_option
@@ -241,7 +241,7 @@ class ChatCommands:
         self._view.say(text)
 
     def _info(self) -> str:
-        info = self._state.info
+        info, memory = self._state.info, self._state.info.device_memory
         return "\n".join(
             (
                 f"name        {info.name}",
@@ -251,6 +251,7 @@ class ChatCommands:
                 f"context     {info.n_ctx} tokens (trained on {info.n_ctx_train})",
                 f"cache       {info.cache_type_k} keys, {info.cache_type_v} values",
                 f"device      {info.device}, {info.n_threads} threads, batches of {info.n_batch}",
+                *([f"memory      {device_memory_line(memory)}"] if memory is not None else []),
                 f"ggml        {info.ggml_version}",
             )
         )

@@ -308,7 +308,7 @@ def engine_config(params: Params) -> EngineConfig:
     if params.get("exact"):
         values["buddy"] = BUDDY_OFF
     if "device" in params:
-        values["device"] = _settled_device(params["device"].lower(), params["n_gpu_layers"])
+        values["device"] = _settled_device(params["device"].lower(), params.get("n_gpu_layers"))
     return EngineConfig(**values)
 
 

@@ -4,7 +4,7 @@ from typing import Any
 
 import click
 
-from runner.config import DEFAULT_FIT_MARGIN_BYTES, DEVICE_AUTO
+from runner.config import DEFAULT_FIT_MARGIN_BYTES, DEVICE_AUTO, DEVICE_CPU
 from runner.terminal.cli_options import flag
 from runner.terminal.memory_size import MemorySize
 
@@ -28,6 +28,13 @@ class _LayerCount(click.ParamType):  # type: ignore[type-arg]
             self.fail(f"{value!r} is not a number, auto or all", param, ctx)
 
 
+_MARGIN_FLAG = flag(
+    *("--fit-margin", "fit_margin_bytes"),
+    help="Memory of the GPU that is left to others.",
+    type=MemorySize(),
+    default=f"{DEFAULT_FIT_MARGIN_BYTES >> 20}MiB",
+)
+
 DEVICE_FLAGS = (
     flag(
         *("-dev", "--device", "device"),
@@ -41,10 +48,15 @@ DEVICE_FLAGS = (
         " there, --moe-cache says.",
         type=_LayerCount(),
     ),
-    flag(
-        *("--fit-margin", "fit_margin_bytes"),
-        help="Memory of the GPU that is left to others.",
-        type=MemorySize(),
-        default=f"{DEFAULT_FIT_MARGIN_BYTES >> 20}MiB",
+    _MARGIN_FLAG,
+)
+
+# For a command that only says what would be.
+SHOW_DEVICE_FLAGS = (
+    click.Option(
+        ["-dev", "--device", "device"],
+        help="Say how the memory of this device would be shared out: auto or a name as cuda0.",
+        default=DEVICE_CPU,
     ),
+    _MARGIN_FLAG,
 )

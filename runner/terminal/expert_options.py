@@ -4,6 +4,7 @@ import click
 
 from runner.config import (
     CACHE_POLICIES,
+    DEVICE_CPU,
     MAX_MOE_CACHE_SLOTS,
     MISS_ACTIONS,
     MOE_CACHE_AUTO,
@@ -72,6 +73,8 @@ EXPERT_PLAN_FLAGS = (
 
 def planned_cache(params: Params) -> EngineConfig | None:
     """The settings whose expert cache is asked for; None when it is not."""
+    if params["device"] != DEVICE_CPU and params["moe_cache_bytes"] is None:
+        return engine_config({**params, "moe_cache_bytes": MOE_CACHE_AUTO})
     if params["moe_cache_bytes"] is not None:
         return engine_config(params)
     if params["moe_cache_slots"]:

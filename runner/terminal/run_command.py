@@ -9,7 +9,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from runner.config import EngineConfig, GenerateRequest
+from runner.config import DEVICE_AUTO, DEVICE_CPU, DEVICE_GPU, EngineConfig, GenerateRequest
 from runner.errors import InternalError, OptionError, WorkerDiedError
 from runner.protocol import ModelInfo
 from runner.terminal import cli_options as options
@@ -22,6 +22,7 @@ from runner.terminal.terminal_text import storable, visible
 
 if TYPE_CHECKING:
     from runner.client import Client
+    from runner.show import ReportedDevice
     from runner.terminal.chat_input import Reader
     from runner.terminal.history import LineHistory
 
@@ -59,12 +60,36 @@ def show_model(
 
     path = find_model(model, [])
     with GGUFFile.open(path) as file:
-        description = describe(file, read_model(file), with_template, run_config)
+        device = _reported_device(run_config.device) if run_config is not None else None
+        description = describe(file, read_model(file), with_template, run_config, device)
     if as_json:
         print(json.dumps(asdict(description), indent=2))
     else:
         text = format_text(description)
         print(visible(text) if sys.stdout.isatty() else text)
+
+
+def _reported_device(name: str) -> "ReportedDevice | None":
+    """The GPU of this name, as the engine's process finds it; None for the CPU.
+
+    Raises OptionError.
+    """
+    from runner.client import Client
+    from runner.protocol import DoctorFields
+    from runner.show import ReportedDevice
+
+    if name == DEVICE_CPU:
+        return None
+    with Client.start() as client:
+        report = client.doctor(DoctorFields(measure=False))
+    wanted = report.auto_device if name in (DEVICE_AUTO, DEVICE_GPU) else name
+    for device in report.devices:
+        if device.name == wanted:
+            if not device.is_gpu:
+                return None
+            return ReportedDevice(device.name, device.free_bytes or 0, device.total_bytes)
+    names = ", ".join(device.name for device in report.devices)
+    raise OptionError(f"--device {name}: the installed llama-cpp-python can use {names}")
 
 
 @contextmanager
