@@ -313,10 +313,7 @@ def _cache_rows(d: ModelDescription, c: ExpertCache) -> list[tuple[str, str]]:
         ("KV cache", f"{bytes_text(c.kv_bytes)} for {c.n_ctx} tokens"),
         ("compute memory", f"{bytes_text(c.compute_bytes)} for batches of {c.n_batch}"),
         ("left to others" if c.device else "headroom", bytes_text(c.headroom_bytes)),
-        (
-            f"free on {c.device}" if c.device else "memory available",
-            _memory_text(c.available_bytes),
-        ),
+        (free, _memory_text(c.available_bytes)),
         ("left" if c.n_slots else "left for experts", _memory_text(c.left_bytes)),
     ]
 

@@ -173,7 +173,7 @@ class CommandedStore(ExpertStore):
             self._end()
 
     def read_piece(self, piece: Piece, memory: memoryview) -> memoryview:
-        """The first piece of an expert begins a read; `check` ends it."""
+        """The first piece of an expert begins a read; `check` or an error ends it."""
         first_of = self._first_pieces.get((piece.shard, piece.offset))
         if first_of is not None:
             self._how = self._begin(*first_of)
@@ -183,7 +183,11 @@ class CommandedStore(ExpertStore):
             self._end()
             raise GGUFError(f"this piece was {SPOILED}")
         self._n_bytes_left -= piece.n_bytes
-        return super().read_piece(piece, memory)
+        try:
+            return super().read_piece(piece, memory)
+        except GGUFError:
+            self._end()
+            raise
 
     def check(self) -> None:
         self._end()
