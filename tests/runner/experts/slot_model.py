@@ -60,6 +60,10 @@ class LayerModel:
         ranked = sorted(range(self.n_expert), key=lambda expert: (-counts[expert], expert))
         self.favourites = ranked[: self.n_slots]
 
+    def count(self, expert: int) -> float:
+        """How often it was used, what is older counting less."""
+        return self._count[expert]
+
     def free(self) -> set[int]:
         """The slots that may get another expert."""
         return set(range(self.n_slots)) - self.held - self.pinned - self.filling.keys()
@@ -76,6 +80,13 @@ class LayerModel:
             for slot in free
             if isclose(worth[self.resident[slot]], least, rel_tol=1e-9, abs_tol=1e-200)
         }
+
+    def least_used(self) -> set[int | None]:
+        """Any of these residents is the least used of those that may leave."""
+        leaving = [self.resident[slot] for slot in self.free() & self.resident.keys()]
+        least = min(map(self.count, leaving), default=0.0)
+        used_least = (e for e in leaving if isclose(self.count(e), least, rel_tol=1e-9))
+        return {*used_least} or {None}
 
     def take(self, expert: int, slot: int) -> None:
         assert slot in self.next_slots(), f"slot {slot} is not the one to be taken"
@@ -229,6 +240,8 @@ class TableProgram:
         assert all(table.is_filling(layer, expert) for expert in model.filling.values())
         expert = self.n_done.total() % self.n_expert  # each in turn: asking for all takes too long
         assert table.is_filling(layer, expert) == (expert in model.filling.values())
+        assert isclose(table.recent_uses(layer, expert), model.count(expert), rel_tol=1e-9)
+        assert table.least_used(layer) in model.least_used(), "another is used less"
 
     def _check_pins(self, layer: int) -> None:
         table, model = self.table, self.layers[layer]

@@ -5,6 +5,7 @@ from collections import Counter
 import numpy as np
 import pytest
 
+from runner.experts.eviction import LFU_HALF_LIFE
 from runner.experts.slot_table import EMPTY, SlotTable
 from tests.runner.experts.slot_model import LayerModel, TableProgram, run_programs
 
@@ -58,6 +59,8 @@ def test_who_leaves_is_right_after_more_tokens_than_aged_counts_can_count(policy
         n_all += n_tokens
     assert n_all > 300_000 > 2 * table.last_used.max(), "the clock began anew"
     assert np.isfinite(table.frequency).all()
+    recent = [table.recent_uses(1, expert) for expert in range(n_expert)]
+    assert recent == pytest.approx([model.count(expert) for expert in range(n_expert)], rel=1e-9)
     assert (table.last_used[0] == -1).all() and not table.frequency[0].any()
 
 
@@ -88,6 +91,51 @@ def test_a_use_counts_half_after_the_half_life() -> None:
     assert table.frequency[0, 0] < table.frequency[0, 1], "three uses of long ago, one of now"
     assert load(table, 0, 2) == [first]
     assert table.slot_of[0, 1] == second
+
+
+def test_recent_uses_halve_with_every_half_life_of_the_layer() -> None:
+    table = SlotTable([2, 2], 4, "lru")
+    use(table, 0, [1, 2], [1, 2])
+    use(table, 1, [3])
+    assert table.recent_uses(0, 0) == 0.0
+    for n_half_lives in (1, 2, 3):
+        n_tokens = 62 if n_half_lives == 1 else LFU_HALF_LIFE  # two tokens went by already
+        use(table, 0, *[[0, 2]] * n_tokens)
+        assert table.recent_uses(0, 1) == pytest.approx(2 * 0.5**n_half_lives)
+    assert table.recent_uses(0, 2) > 62 * 0.5**3
+    assert table.recent_uses(1, 3) == pytest.approx(0.5 ** (1 / LFU_HALF_LIFE)), "its own clock"
+
+
+def test_recent_uses_begin_with_the_counts_of_earlier_runs() -> None:
+    table = SlotTable([2], 3, "lfu")
+    table.expect(np.array([[5.0, 0.0, 2.0]]))
+    assert [table.recent_uses(0, expert) for expert in range(3)] == [5.0, 0.0, 2.0]
+
+
+def test_the_least_used_is_told_of_those_that_may_leave() -> None:
+    table = SlotTable([4, 1], 6, "lru")
+    slots = load(table, 0, 0, 1, 2, 3)
+    use(table, 0, [0], [0], [0], [0], [1], [1], [1], [2], [2], [3])
+    assert table.least_used(0) == 3
+    table.pin(0, [3])
+    assert table.least_used(0) == 2
+    table.hold(0, np.array([slots[2]]))
+    assert table.least_used(0) == 1
+    table.release(0)
+    assert table.take(0, 5) == slots[0], "unused for longest, though it is used most"
+    assert table.least_used(0) == 2
+    table.hold_only(0, np.array([slots[1], slots[2]]))
+    assert table.least_used(0) is None, "pinned, in use or being filled"
+
+
+def test_without_residents_nobody_is_least_used() -> None:
+    table = SlotTable([3, 1], 4, "lfu")
+    use(table, 0, [0, 1])
+    assert table.least_used(0) is None
+    load(table, 0, 2)
+    assert table.least_used(0) == 2 and table.least_used(1) is None
+    load(table, 1, 3)
+    assert table.least_used(1) == 3
 
 
 def test_static_keeps_the_first_that_came_and_one_slot_for_all_others() -> None:
