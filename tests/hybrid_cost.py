@@ -1,0 +1,71 @@
+"""What the host spends per layer and token beside a device, besides kernels.
+
+    LLAMA_CPP_LIB_PATH=FOLDER python -m tests.hybrid_cost [MODEL]
+
+Decodes with half of the experts on the first GPU device and every missing one computed on the host.
+Time inside ggml is told apart: graphs on the host, submitting graphs to the device, waiting for it.
+"""
+
+import sys
+import time
+from collections import Counter
+from collections.abc import Callable
+from typing import Any
+
+from quant.devices import devices
+from quant.ggml import Backend
+from runner.config import EngineConfig
+from runner.engine import Engine
+from tests.paths import DEMO
+
+_N_TOKENS = 60
+_SPENT: Counter[str] = Counter()
+
+
+def main() -> None:
+    device = next((device for device in devices() if device.is_gpu), None)
+    if device is None:
+        sys.exit("no GPU device: set LLAMA_CPP_LIB_PATH")
+    Backend.compute_later = _timed(Backend.compute_later, "submitted to")  # type: ignore[method-assign]
+    Backend.synchronize = _timed(Backend.synchronize, "waited for")  # type: ignore[method-assign]
+    Backend.compute = _compute  # type: ignore[method-assign]
+    config = EngineConfig(
+        n_ctx=512, device=device.name, moe_cache_slots=4, moe_miss="host", n_threads=2
+    )
+    engine = Engine(sys.argv[1] if len(sys.argv) > 1 else DEMO, config)
+    engine.prefill(list(range(100, 120)))
+    for token in range(200, 220):  # kernels are compiled, graphs are built
+        engine.decode(token)
+    _SPENT.clear()
+    before, started = engine.snapshot(), time.perf_counter()
+    for token in range(300, 300 + _N_TOKENS):
+        engine.decode(token)
+    total_s = time.perf_counter() - started
+    counted = engine.snapshot().counted_since(before)
+    n_layers = _N_TOKENS * engine.model_config.n_layer
+    print(f"{device.name} ({device.description}), {_N_TOKENS} tokens, {n_layers} layers")
+    print(f"pairs: {sum(counted.hit)} hits on the device, {sum(counted.on_host)} on the host")
+    for name, spent_s in sorted(_SPENT.items()):
+        print(f"{name:<24}{spent_s / n_layers * 1e6:8.1f} us per layer and token")
+    rest_s = total_s - sum(_SPENT.values())
+    print(f"{'everything else':<24}{rest_s / n_layers * 1e6:8.1f} us per layer and token")
+    engine.close()
+
+
+def _timed(call: Callable[..., None], what: str) -> Callable[..., None]:
+    def timed(backend: Backend, *arguments: Any) -> None:
+        started = time.perf_counter()
+        call(backend, *arguments)
+        where = "graphs on the host" if backend.is_host else f"{what} the device"
+        _SPENT[where] += time.perf_counter() - started
+
+    return timed
+
+
+def _compute(backend: Backend, graph: int) -> None:
+    backend.compute_later(graph)
+    backend.synchronize()
+
+
+if __name__ == "__main__":
+    main()
