@@ -15,6 +15,7 @@ import pytest
 from runner.batch_graph import BatchGraph
 from runner.engine import Engine
 from runner.miss_policy import DROPPED, RoutingPlan
+from runner.residency import Residency
 from runner.stats import StatsSnapshot
 
 WAYS = ("hit", "loaded", "on_host", "substituted", "dropped")
@@ -121,6 +122,18 @@ class Books:
         assert (experts >= 0).all(), "computed by an empty slot"
         assert np.array_equal(experts[planned != DROPPED], planned[planned != DROPPED])
 
+    def look_at_whole(self, residency: Residency, plans: list[RoutingPlan]) -> None:
+        """A token that needed no decision: what the device says of every layer, afterwards."""
+        assert self.engine._cache is not None
+        chosen, weights, _ = (array.copy() for array in residency.routed())
+        for layer, plan in enumerate(plans):
+            is_resident = self.engine._cache.table.slot_of[layer] >= 0
+            rows = slice(layer, layer + 1)
+            computed = np.ones((1, chosen.shape[1]), int)
+            self.open.append(
+                Served(layer, chosen[rows], weights[rows], is_resident, plan, computed)
+            )
+
 
 @contextmanager
 def watched(engine: Engine) -> Iterator[Books]:
@@ -128,13 +141,9 @@ def watched(engine: Engine) -> Iterator[Books]:
     books, planner, runner = Books(engine), engine._planner, engine._experts
     assert planner is not None and runner is not None
     passes = engine._graphs.passes
-    begin, plan, end, serve, run = (
-        planner.begin,
-        planner.plan,
-        planner.end,
-        runner.serve,
-        passes.run,
-    )
+    begin, plan, end = planner.begin, planner.plan, planner.end
+    serve, run_whole = runner.serve, runner.run_whole
+    run, run_beside = passes.run, passes.run_beside
     apply, apply_passes = BatchGraph.apply, BatchGraph.apply_passes
 
     def look_begin(n_tokens: int, is_exact: bool = False) -> None:
@@ -168,16 +177,37 @@ def watched(engine: Engine) -> Iterator[Books]:
         books.look_at_weights(weights)
         apply_passes(graph, weights)
 
-    def look_run(layer: int, on_host: bool, pairs: np.ndarray, slots: np.ndarray) -> int:
+    def look_run(
+        layer: int, on_host: bool, pairs: np.ndarray, slots: np.ndarray, n_tokens: int
+    ) -> int:
         books.look_at_pass(layer, on_host, pairs, slots)
-        return run(layer, on_host, pairs, slots)
+        return run(layer, on_host, pairs, slots, n_tokens)
+
+    def look_run_beside(
+        layer: int,
+        pairs: np.ndarray,
+        slots: np.ndarray,
+        host_pairs: np.ndarray,
+        experts: np.ndarray,
+        n_tokens: int,
+    ) -> int:
+        books.look_at_pass(layer, False, pairs, slots)
+        books.look_at_pass(layer, True, host_pairs, experts)
+        return run_beside(layer, pairs, slots, host_pairs, experts, n_tokens)
+
+    def look_run_whole(graph: BatchGraph, residency: Residency) -> list[RoutingPlan]:
+        made = run_whole(graph, residency)
+        books.look_at_whole(residency, made)
+        return made
 
     with pytest.MonkeyPatch.context() as m:
         m.setattr(planner, "begin", look_begin)
         m.setattr(planner, "plan", look_plan)
         m.setattr(planner, "end", look_end)
         m.setattr(runner, "serve", look_serve)
+        m.setattr(runner, "run_whole", look_run_whole)
         m.setattr(passes, "run", look_run)
+        m.setattr(passes, "run_beside", look_run_beside)
         m.setattr(BatchGraph, "apply", look_apply)
         m.setattr(BatchGraph, "apply_passes", look_apply_passes)
         yield books
