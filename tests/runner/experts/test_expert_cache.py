@@ -282,3 +282,129 @@ def test_a_guess_that_waits_behind_a_load_is_not_begun_when_it_is_stopped(
         assert store.reads == [(0, 1)]
         cache.finish(load)
         assert not len(cache.table.residents(1))
+
+
+# uploads beside the batches
+
+
+def test_an_upload_takes_the_slot_worth_least_and_is_resident_when_it_is_settled(
+    models: OpenModels,
+) -> None:
+    model = models.get("alike")
+    with closing(make_cache(model, 2, 1, 1)) as cache:
+        for expert in (3, 4):
+            cache.finish(cache.start_load(0, expert))
+        cache.table.record_use(0, np.array([[4], [3], [4]]))
+        cache.start_upload(0, 5)
+        assert (cache.n_uploads, cache.is_reading) == (1, False), "no batch waits for it"
+        assert cache.table.residents(0).tolist() == [4] and cache.table.is_filling(0, 5)
+        (load,) = cache.settle_uploads(0)
+        assert (load.layer, load.expert, load.is_done, load.error) == (0, 5, True, None)
+        assert load.n_read_bytes == cache.store.n_bytes(0)
+        assert cache.n_uploads == 0 and cache.settle_uploads(0) == []
+        assert sorted(cache.table.residents(0).tolist()) == [4, 5]
+        check_contents(model, cache)
+
+
+def test_settling_waits_for_the_uploads_of_its_layer_only(models: OpenModels) -> None:
+    model = models.get("alike")
+    with closing(make_cache(model, 1, 1, 1)) as cache:
+        cache.is_late = True
+        cache.store.allow(0)
+        cache.start_upload(0, 2)
+        cache.start_upload(1, 3)
+        assert cache.settle_uploads(2) == [], "nothing has come"
+        cache.store.allow(1)
+        assert [load.layer for load in cache.settle_uploads(0)] == [0]
+        assert cache.table.residents(0).tolist() == [2]
+        assert cache.n_uploads == 1 and cache.table.is_filling(1, 3)
+        assert not len(cache.table.residents(1))
+        cache.store.allow(2)
+        assert [load.expert for load in cache.settle_uploads(1)] == [3]
+        check_contents(model, cache)
+
+
+def test_uploads_of_other_layers_that_have_come_are_settled_as_well(models: OpenModels) -> None:
+    model = models.get("alike")
+    with closing(make_cache(model, 1, 1, 1)) as cache:
+        cache.start_upload(1, 3)
+        cache.start_upload(2, 4)
+        load = cache.start_load(0, 5)
+        cache.finish(load)  # it was read behind them
+        assert cache.n_uploads == 2 and not len(cache.table.residents(1))
+        assert [load.layer for load in cache.settle_uploads(0)] == [1, 2]
+        assert [cache.table.residents(layer).tolist() for layer in range(3)] == [[5], [3], [4]]
+        check_contents(model, cache)
+
+
+@pytest.mark.parametrize("how", ["at once", "half", "late"])
+def test_a_failed_upload_raises_nothing_and_leaves_its_slot_empty(
+    how: str, models: OpenModels
+) -> None:
+    model = models.get("alike")
+    with closing(make_cache(model, 1, 2, 1)) as cache:
+        cache.finish(cache.start_load(1, 0))
+        cache.finish(cache.start_load(1, 1))
+        cache.table.record_use(1, np.array([[0], [1]]))
+        cache.store.spoiled[2] = how
+        cache.start_upload(1, 4)
+        (load,) = cache.settle_uploads(1)
+        assert isinstance(load.error, GGUFError) and load.n_read_bytes == 0
+        assert cache.n_uploads == 0 and not cache.table.is_filling(1, 4)
+        assert cache.table.expert_in[1].tolist() == [EMPTY, 1], "expert 0 was overwritten"
+        assert cache.table.slot_of[1].tolist() == [EMPTY, 1, *[EMPTY] * 4]
+        assert cache.table.n_empty(1) == 1
+        cache.start_upload(1, 4)
+        assert cache.table.n_evicted[1] == 1, "the empty slot was taken"
+        assert [load.error for load in cache.settle_uploads(1)] == [None]
+        assert cache.table.expert_in[1].tolist() == [4, 1]
+        check_contents(model, cache)
+
+
+def test_a_layer_whose_slots_are_all_being_uploaded_takes_no_load(models: OpenModels) -> None:
+    with closing(make_cache(models.get("alike"), 2, 1, 1)) as cache:
+        cache.is_late = True
+        cache.store.allow(0)
+        cache.start_upload(0, 1)
+        assert cache.can_load(0)
+        cache.start_upload(0, 2)
+        assert not cache.can_load(0) and cache.can_load(1)
+        cache.store.allow(2)
+        assert len(cache.settle_uploads(0)) == 2 and cache.can_load(0)
+
+
+def test_a_batch_s_load_is_read_behind_an_upload_and_does_not_settle_it(
+    models: OpenModels,
+) -> None:
+    model = models.get("alike")
+    with closing(make_cache(model, 2, 1, 1)) as cache:
+        cache.is_late = True
+        cache.store.allow(0)
+        cache.start_upload(0, 1)
+        load = cache.start_load(1, 2)
+        assert cache.is_reading
+        cache.finish(load)
+        assert cache.store.reads == [(0, 1), (1, 2)]
+        assert (cache.n_uploads, cache.is_reading) == (1, False)
+        assert cache.table.is_filling(0, 1), "resident from the next time that its layer is served"
+        cache.settle_uploads(0)
+        check_contents(model, cache)
+
+
+def test_closing_waits_for_the_upload_that_was_begun_and_begins_no_other(
+    models: OpenModels,
+) -> None:
+    cache = make_cache(models.get("alike"), 2, 2, 2)
+    cache.is_late = True
+    cache.store.allow(0)
+    cache.start_upload(0, 3)
+    cache.start_upload(1, 4)
+    parts = cache._uploads[0].parts
+    assert parts is not None
+    cache.store.wait_until_begun(1)
+    cache._owned.callback(cache.store.allow, inf)  # when it closes, before it waits
+    cache.close()
+    assert cache.store.reads == [(0, 3)] and cache.n_uploads == 0
+    assert not cache._prefetcher._thread.is_alive()
+    assert bytes(parts[2].matrix) == models.get("alike").experts[0][3][2], "not freed under it"
+    cache.close()
