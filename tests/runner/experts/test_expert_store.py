@@ -402,6 +402,29 @@ def test_the_host_computes_what_costs_less_than_reading_and_computing_in_a_slot(
         assert store.is_cheaper_on_host(0, 2) == is_cheaper
 
 
+@pytest.mark.parametrize(
+    ("read", "slot", "host", "n_pairs_at_most"),
+    [
+        (4.5, 1.0, 2.0, 4),  # each pair loses 1 s on the host, a read takes 4.5
+        (4.25, 1.0, 1.5, 8),
+        (0.5, 1.0, 2.0, 0),
+        (4.5, 2.0, 1.0, 1000),  # the host is the faster one
+        (4.5, 1.0, 0.0, 1000),  # not measured
+    ],
+)
+def test_the_more_pairs_an_expert_has_the_rather_it_is_read(
+    read: float, slot: float, host: float, n_pairs_at_most: int, path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    with store_of(path, has_room=True) as (store, _):
+        measured(store, read, slot, host)
+        monkeypatch.setattr(store, "is_in_memory", lambda layer, expert: expert == 1)
+        is_cheaper = [store.is_cheaper_on_host(0, 1, n) for n in range(1, 1001)]
+        assert is_cheaper == [n <= n_pairs_at_most for n in range(1, 1001)]
+        assert store.is_cheaper_on_host(0, 1) == is_cheaper[0]
+        assert not any(store.is_cheaper_on_host(0, 2, n) for n in (1, 2, 1000)), "not in memory"
+
+
 def test_experts_of_unlike_layers_have_their_own_sizes(tmp_path: Path) -> None:
     model = replace(WHOLE_BLOCKS, n_layer=3)
     with store_of(write(tmp_path, model), has_room=True) as (store, file):
