@@ -403,6 +403,8 @@ class Engine:
         n_layer = self.model_config.n_layer
         if experts is not None and not experts.is_needed(n_tokens):
             experts = None
+        if cancelled():
+            raise CancelledError
         if n_tokens == 1 and on_layer is None and self.model_config.is_moe:
             residency = self._parts.residency
             if experts is None:

@@ -153,6 +153,4 @@ class PassSet:
     def _make(self, layer: int, n_pairs: int, has_one_token: bool) -> ExpertPass:
         slabs = self._slabs[layer]
         assert slabs is not None, "a layer without experts has no passes"
-        return ExpertPass(
-            self._backend, self._config, self._tensors, slabs, n_pairs, has_one_token
-        )
+        return ExpertPass(self._backend, self._config, self._tensors, slabs, n_pairs, has_one_token)

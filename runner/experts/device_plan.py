@@ -94,9 +94,7 @@ def _budget(config: EngineConfig, sizes: ModelSizes, other: OtherMemory, availab
     return max(0, available - other.n_bytes)
 
 
-def _check_fits(
-    config: EngineConfig, device: DeviceLike, other: OtherMemory, available: int
-) -> None:
+def _check_fits(device: DeviceLike, other: OtherMemory, available: int) -> None:
     """A model without experts is on the device as a whole, or not at all."""
     if other.n_bytes - other.headroom_bytes > available:
         raise OptionError(f"{_taken(device, other, available)}: use --device cpu")

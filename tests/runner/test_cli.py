@@ -272,7 +272,7 @@ def test_a_command_after_its_flags_is_told_to_come_first() -> None:
 
 @pytest.mark.parametrize("command", [[], ["run"], ["demo"], ["show"], ["bench"]])
 @pytest.mark.parametrize(
-    "arguments", [["-ngl", "99"], ["-hf", "user/repo"], ["-mli"], ["-pg", "1,2"], ["-ngl=99"]]
+    "arguments", [["-ot", "exps=CPU"], ["-hf", "user/repo"], ["-mli"], ["-pg", "1,2"], ["-ot=x"]]
 )
 def test_a_flag_of_llama_cpp_that_is_missing_here_is_named_whole(
     command: list[str], arguments: list[str]
@@ -370,7 +370,7 @@ def test_flags_about_experts_and_their_twins_reach_the_engine(
 ) -> None:
     model = [] if command[0] == "demo" else ["-m", str(DEMO)]
     seen = engines_asked_for([*command, *model, *arguments], twins)
-    assert replace(seen[0], n_ctx=0) == replace(expected, buddy="auto")
+    assert replace(seen[0], n_ctx=0) == replace(expected, buddy="auto", device="auto")
 
 
 @pytest.mark.parametrize(

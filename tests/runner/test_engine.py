@@ -307,11 +307,11 @@ def test_a_batch_that_fails_leaves_no_trace(error, demo_path, monkeypatch) -> No
     for each in (engine, fresh):
         each.prefill([0, 300, 301])
 
-    def fail(graph: BatchGraph, layer: int) -> np.ndarray:
+    def fail(graph: BatchGraph, is_restricted: bool) -> None:
         raise error
 
     with monkeypatch.context() as m, pytest.raises(type(error)):
-        m.setattr(BatchGraph, "route", fail)
+        m.setattr(BatchGraph, "run_whole", fail)
         engine.decode(7)
     assert engine.n_past == 3 and engine.snapshot().n_tokens_generated == 0
     assert np.array_equal(engine.decode(8), fresh.decode(8))

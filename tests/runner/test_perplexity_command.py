@@ -192,7 +192,9 @@ def test_the_command_sends_texts_and_settings(text: str, tmp_path: Path) -> None
         buddyrun("perplexity", str(DEMO), "-f", text)
     first, second = seen
     assert first.texts == (NamedText("some.txt", "Some text.\n"), NamedText("other.txt", "More."))
-    assert first.engine == EngineConfig(n_ctx=64, moe_cache_slots=4, n_threads=1, buddy="auto")
+    assert first.engine == EngineConfig(
+        n_ctx=64, moe_cache_slots=4, n_threads=1, buddy="auto", device="auto"
+    )
     assert (first.max_windows, first.max_tokens, first.model) == (3, 100, str(DEMO))
     assert (second.engine.n_ctx, second.max_windows, second.max_tokens) == (512, 0, 0)
     assert done.stdout.decode().startswith("some.txt, other.txt: 1234 tokens")
@@ -221,7 +223,7 @@ def test_verbose_shows_the_windows_on_stderr(text: str) -> None:
         ([str(DEMO), "-f", str(STORY), "-c", "1"], 2, b"--ctx-size"),
         ([str(DEMO), "-f", str(STORY), "--chunks", "-1"], 2, b"--chunks"),
         ([str(DEMO), "-m", str(DEMO)], 2, b"MODEL or with -m, not both"),
-        ([str(DEMO), "-ngl", "9"], 2, b"no flag -ngl"),
+        ([str(DEMO), "-hf", "user/repo"], 2, b"no flag -hf"),
     ],
 )
 def test_wrong_settings_are_refused(arguments: list[str], status: int, message: bytes) -> None:
