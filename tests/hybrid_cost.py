@@ -4,7 +4,7 @@
 
 Decodes with half of the experts on the first GPU device, every missing one computed on the host.
 What counts is the processor time of the engine's thread, since a device in software takes the same
-cores. Time in ggml's graphs is told apart: computing on the host, submitting to the device, waiting.
+Decodes with half of the experts on the first GPU device; the host computes every missing one.
 """
 
 import sys
