@@ -4,11 +4,12 @@ The keys of the tokens that stay are rotated to their new positions; nothing is 
 """
 
 import math
+from collections.abc import Sequence
 from dataclasses import replace
 
 import numpy as np
 
-from quant.ggml import GraphAllocator
+from quant.ggml import Backend, Context, GraphAllocator, Tensor
 from quant.ggml_types import GGML_TYPES_BY_NAME
 from quant.graph import Graph, HostPort
 from runner import model
@@ -27,19 +28,48 @@ def without_oldest(tokens: list[int], n_ctx: int, n_keep: int) -> list[int]:
 
 
 def rotate_keys(parts: EngineParts, moves: np.ndarray) -> None:
-    """Turn every cached key by how far its position moved; moves (n_cells,) int32."""
+    """Turn every cached key by how far its position moved; moves (n_cells,) int32.
+
+    The keys of a device come to the host for it and go back: this is rare, and a graph that is made
+    for one run corrupted memory of ggml's Vulkan backend.
+    """
+    factors, device, host = parts.weights.rope_factors, parts.backend, parts.host
+    if device.is_host:
+        _rotate(host, parts, parts.kv.k, factors, moves)
+        return
+    n_cells = parts.kv.cells.n_visible
+    with Context(host.ggml, len(parts.kv.k) + 1) as context:
+        copies = [context.tensor(k.type, k.shape[0], n_cells) for k in parts.kv.k]
+        own_factors = context.tensor(_F32, factors.shape[0]) if factors is not None else None
+        with context.allocate(host):
+            for k, copy in zip(parts.kv.k, copies, strict=True):
+                device.read(k, host.view(copy))
+            if factors is not None and own_factors is not None:
+                device.read(factors, host.view(own_factors))
+            _rotate(host, parts, copies, own_factors, moves)
+            for k, copy in zip(parts.kv.k, copies, strict=True):
+                device.write(k, host.view(copy))
+
+
+def _rotate(
+    backend: Backend,
+    parts: EngineParts,
+    keys: Sequence[Tensor],
+    factors: Tensor | None,
+    moves: np.ndarray,
+) -> None:
     n_cells, config = parts.kv.cells.n_visible, parts.config
     turn = _pure_rotation(config.rope)
-    with Graph(parts.backend, 8 * config.n_layer) as g, GraphAllocator(parts.backend) as allocator:
+    with Graph(backend, 8 * config.n_layer) as g, GraphAllocator(backend) as allocator:
         positions = g.input(_I32, n_cells)
-        for k in parts.kv.k:
+        for k in keys:
             rows = g.first_rows(k, n_cells)
             heads = g.reshape_3d(g.cast(rows, _F32), config.n_embd_head, config.n_head_kv, n_cells)
-            turned = model.rope(g, turn, heads, positions, parts.weights.rope_factors)
+            turned = model.rope(g, turn, heads, positions, factors)
             g.copy(g.reshape_2d(turned, rows.shape[0], n_cells), rows)
         g.reserve(allocator)
         g.lay_out(allocator)
-        HostPort(parts.backend, positions, moves[:n_cells].copy()).upload()
+        HostPort(backend, positions, moves[:n_cells].copy()).upload()
         g.compute()
 
 

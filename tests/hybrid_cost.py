@@ -2,8 +2,8 @@
 
     LLAMA_CPP_LIB_PATH=FOLDER python -m tests.hybrid_cost [MODEL]
 
-Decodes with half of the experts on the first GPU device; the host computes every missing one. What
-counts is the processor time of the engine's thread, since a device in software takes the same cores.
+Decodes with half of the experts on the first GPU device; the host computes every missing one.
+What counts is the processor time of its thread, since a device in software takes the same cores.
 Time in ggml's graphs is told apart: computing on the host, submitting to the device, waiting.
 """
 
