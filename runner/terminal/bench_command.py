@@ -30,6 +30,8 @@ def bench_model(model: str, params: Params) -> None:
     view = ChatView(sys.stderr, sys.stderr, sys.stderr.isatty(), has_color=False)
     context = {**params, "n_ctx": max(test.n_prompt + test.n_gen for test in tests) + 1}
     with loaded_model(path, context, None, view) as (client, info):
+        for warning in info.warnings:
+            view.warn(warning)
         samples = client.bench(tests, params["repetitions"], text)
         setting = BenchSetting(info, source, version(), _now)
         shown = _with_status(samples, tests, view)

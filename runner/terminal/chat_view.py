@@ -33,8 +33,10 @@ class ChatView:
         self.status = StatusLine(err)
 
     def banner(self, version: str, info: ModelInfo) -> None:
-        """What is running and how to get help; only on a terminal."""
+        """What is running and how to get help; where that is no terminal only the warnings."""
         if not self.is_terminal:
+            for warning in info.warnings:
+                self.warn(warning)
             return
         name = visible_line(info.name or info.path)
         self._print(f"{self._styled('buddyrun', _BOLD)} {version}")

@@ -2,6 +2,7 @@
 
 import io
 import json
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,10 +13,12 @@ import pytest
 from runner.config import MOE_CACHE_AUTO, MOE_CACHE_OFF, EngineConfig, GenerateRequest
 from runner.protocol import ModelInfo
 from runner.terminal.chat_view import ChatView
-from tests.paths import DEMO
+from tests.paths import DEMO, HELD_OUT
 from tests.runner import command_line
 from tests.runner.command_line import buddyrun
 from tests.runner.scripted_client import ScriptedClient
+
+STORY = HELD_OUT / "story.txt"
 
 
 @pytest.fixture
@@ -35,7 +38,8 @@ def test_every_command_has_help(command: list[str]) -> None:
 def test_help_names_every_flag_of_llama_cpp_and_its_twin() -> None:
     text = buddyrun("run", "--help").stdout.decode()
     for flag in ("-m", "-p", "-n", "-c", "-b", "-t", "-ctk", "-ctv", "-sys", "-st", "-cnv",
-                 "-no-cnv", "--temp", "--top-k", "--top-p", "--min-p", "--typical",
+                 "-no-cnv", "-dev", "--device", "-ngl", "--gpu-layers", "--temp", "--top-k",
+                 "--top-p", "--min-p", "--typical",
                  "--repeat-last-n", "--repeat-penalty", "--presence-penalty",
                  "--frequency-penalty", "--dry-multiplier", "--xtc-probability", "--mirostat",
                  "-s,", "--grammar", "--grammar-file", "-j,", "-jf", "--chat-template",
@@ -167,7 +171,9 @@ def test_a_bug_shows_no_traceback_unless_asked(tmp_path: Path) -> None:
      ["--repeat-penalty", "0"], ["--nonsense"], ["-c"], ["--keep", "99999999999"],
      ["--moe-cache", "6X"], ["--moe-cache", "-1"], ["--moe-cache", "9999999G"],
      ["--moe-cache-slots", "-1"], ["--moe-cache-policy", "fifo"], ["--moe-miss", "drop"],
-     ["--verify-every", "-1"]],
+     ["--verify-every", "-1"], ["-ngl", "x"], ["-ngl", "1.5"], ["--device"],
+     ["--fit-margin", "6X"], ["--fit-margin", "-1"], ["--fit-margin", "auto"],
+     ["--fit-margin", "9999999G"]],
 )  # fmt: skip
 def test_a_wrong_flag_is_a_usage_error(arguments: list[str], model: str) -> None:
     done = buddyrun(model, "-p", "hi", *arguments)
@@ -371,6 +377,132 @@ def test_flags_about_experts_and_their_twins_reach_the_engine(
     model = [] if command[0] == "demo" else ["-m", str(DEMO)]
     seen = engines_asked_for([*command, *model, *arguments], twins)
     assert replace(seen[0], n_ctx=0) == replace(expected, buddy="auto", device="auto")
+
+
+COMMANDS = [["run", "-p", "hi", "-m", str(DEMO)], ["demo", "-p", "hi"], ["bench", str(DEMO)]]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "twins", "device"),
+    [
+        ([], {}, "auto"),
+        (["-ngl", "0"], {}, "cpu"),
+        (["-ngl", "99"], {}, "gpu"),
+        (["-ngl=99"], {}, "gpu"),
+        (["-ngl", "-1"], {}, "gpu"),
+        (["--gpu-layers", "all"], {}, "gpu"),
+        (["--device", "CUDA0"], {}, "cuda0"),
+        (["-dev", "cpu"], {}, "cpu"),
+        (["--device", "gpu"], {}, "gpu"),
+        (["--device", "auto", "-ngl", "0"], {}, "cpu"),
+        (["--device", "auto", "-ngl", "99"], {}, "gpu"),
+        (["--device", "cuda0", "-ngl", "99"], {}, "cuda0"),
+        (["--device", "CPU", "-ngl", "0"], {}, "cpu"),
+        ([], {"BUDDYRUN_DEVICE": "vulkan1"}, "vulkan1"),
+        ([], {"BUDDYRUN_GPU_LAYERS": "0"}, "cpu"),
+        (["--device", "cuda0"], {"BUDDYRUN_DEVICE": "cpu"}, "cuda0"),
+        (["-ngl", "0"], {"BUDDYRUN_GPU_LAYERS": "99"}, "cpu"),
+    ],
+)
+@pytest.mark.parametrize("command", COMMANDS)
+def test_device_and_layers_say_together_where_the_model_runs(
+    command: list[str], arguments: list[str], twins: dict[str, str], device: str
+) -> None:
+    seen = engines_asked_for([*command, *arguments], twins)
+    assert [config.device for config in seen] == [device]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["-ngl", "0", "--device", "CUDA0"], "-ngl 0 contradicts --device cuda0"),
+        (["--device", "gpu", "-ngl", "0"], "-ngl 0 contradicts --device gpu"),
+        (["-ngl", "99", "--device", "cpu"], "-ngl 99 contradicts --device cpu"),
+        (["--device", "CPU", "-ngl", "1"], "-ngl 1 contradicts --device cpu"),
+    ],
+)
+@pytest.mark.parametrize("command", [*COMMANDS, ["perplexity", str(DEMO), "-f", str(STORY)]])
+def test_a_device_and_layers_that_contradict_are_one_message(
+    command: list[str], arguments: list[str], words: str
+) -> None:
+    done = buddyrun(*command, *arguments)
+    assert (done.returncode, done.stdout) == (1, b"")
+    assert done.stderr.decode() == f"buddyrun: {words}: leave one of them out\n"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "twins", "n_bytes"),
+    [
+        ([], {}, 1 << 30),
+        (["--fit-margin", "0"], {}, 0),
+        (["--fit-margin", "512"], {}, 512 << 20),
+        (["--fit-margin", "1.5GiB"], {}, 3 << 29),
+        (["--fit-margin", "2GB"], {}, 2_000_000_000),
+        ([], {"BUDDYRUN_FIT_MARGIN": "256M"}, 256 << 20),
+        (["--fit-margin", "1G"], {"BUDDYRUN_FIT_MARGIN": "256M"}, 1 << 30),
+    ],
+)
+@pytest.mark.parametrize("command", COMMANDS)
+def test_memory_that_a_gpu_keeps_for_others_is_a_size(
+    command: list[str], arguments: list[str], twins: dict[str, str], n_bytes: int
+) -> None:
+    seen = engines_asked_for([*command, *arguments], twins)
+    assert [config.fit_margin_bytes for config in seen] == [n_bytes]
+
+
+@pytest.mark.parametrize("command", ["run", "demo", "bench"])
+def test_help_has_a_section_on_the_device_that_tells_the_defaults(command: str) -> None:
+    text = buddyrun(command, "--help").stdout.decode()
+    title = "Device and speed" if command == "bench" else "Device, context and speed"
+    section = " ".join(text.split(f"\n{title}:\n")[1].split("\n\n")[0].split())
+    for words in ("-dev, --device TEXT", "[env var: BUDDYRUN_DEVICE; default: auto]",
+                  "-ngl, --gpu-layers N", "0 = CPU", "--fit-margin SIZE",
+                  "default: 1024MiB"):  # fmt: skip
+        assert words in section
+
+
+WARNINGS = ["No ␛[1mGPU.", "Really."]  # as they are shown
+
+
+@pytest.fixture
+def warned() -> Iterator[None]:
+    """The engine has something to say that nobody should overlook."""
+
+    class Warned(ScriptedClient):
+        def load(self, *arguments: Any) -> ModelInfo:
+            return replace(super().load(*arguments), warnings=("No \x1b[1mGPU.", "Really."))
+
+    with mock.patch.object(command_line, "ScriptedClient", Warned):
+        yield
+
+
+@pytest.mark.usefixtures("warned")
+def test_a_warning_is_told_on_stderr_even_when_that_is_no_terminal(model: str) -> None:
+    done = buddyrun(model, "-p", "hi")
+    assert (done.returncode, done.stdout) == (0, b"You said 'hi'\n")
+    assert done.stderr.decode().splitlines() == [f"buddyrun: {text}" for text in WARNINGS]
+
+
+@pytest.mark.usefixtures("warned")
+def test_a_warning_is_told_once_beside_timings_and_notes(model: str) -> None:
+    lines = buddyrun(model, "-p", "hi", "--verbose").stderr.decode().splitlines()
+    assert lines[0].startswith("total duration:")
+    told = [f"buddyrun: {text}" for text in WARNINGS]
+    assert lines[-3:] == ["note: The context is capped.", *told]
+
+
+@pytest.mark.usefixtures("warned")
+def test_a_warning_is_told_on_stderr_in_a_chat_over_pipes(model: str) -> None:
+    done = buddyrun(model, "-cnv", stdin=b"one\n")
+    assert done.stdout == b"You said 'one'\n"
+    assert done.stderr.decode().splitlines() == WARNINGS
+
+
+@pytest.mark.usefixtures("warned")
+def test_a_warning_is_told_beside_the_figures_of_a_bench() -> None:
+    done = buddyrun("bench", str(DEMO), "-o", "jsonl")
+    assert all(json.loads(line) for line in done.stdout.splitlines())
+    assert done.stderr.decode().splitlines() == WARNINGS
 
 
 @pytest.mark.parametrize(
