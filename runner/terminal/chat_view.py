@@ -196,8 +196,8 @@ def model_line(info: ModelInfo) -> str:
 
 def experts_line(info: ModelInfo) -> str:
     """How many experts are in memory, and which leaves when another is needed."""
-    n_slots = info.moe_cache_slots
-    where = "in memory" if info.device_memory is None else f"on {info.device_memory.name}"
+    n_slots, memory = info.moe_cache_slots, info.device_memory
+    where = "in memory" if memory is None else f"on {visible_line(memory.name)}"
     text = f"{range_text(n_slots)} of {info.n_expert} per layer {where}"
     text += f" ({bytes_text(info.moe_cache_bytes)})"
     if min(n_slots) < info.n_expert:
