@@ -237,16 +237,21 @@ def assert_reads_are_counted(engine: Engine, seen: Seen) -> None:
 
 
 def assert_slots_have_the_files_bytes(engine: Engine) -> None:
+    """As the slots' device gives them back."""
     cache = engine._cache
     assert cache is not None
     for layer, residents in enumerate(engine.snapshot().residency):
+        slabs = cache.slabs[layer]
+        tensors = (slabs.ffn_gate_exps, slabs.ffn_up_exps, slabs.ffn_down_exps)
         for slot, expert in enumerate(residents):
             if expert >= 0:
                 ranges = cache.store.ranges(layer, expert).parts
-                for part, range in zip(cache._memory.parts(layer, slot), ranges, strict=True):
-                    data = bytearray(range.n_bytes)
+                for tensor, range in zip(tensors, ranges, strict=True):
+                    data = np.empty(range.n_bytes, np.uint8)
                     engine.file.read(range, data)
-                    assert bytes(part.matrix) == data, f"expert {expert} of layer {layer}"
+                    seen = np.empty_like(data)
+                    engine.backend.read(tensor, seen, slot * tensor.strides[2])
+                    assert np.array_equal(seen, data), f"expert {expert} of layer {layer}"
 
 
 def is_direct(engine: Engine) -> bool:
