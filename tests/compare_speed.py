@@ -76,18 +76,20 @@ def seconds(work: Callable[[], object]) -> float:
     return time.perf_counter() - start
 
 
-def compare(path: Path, n_threads: int, n_rounds: int, repack: bool) -> list[Comparison]:
-    """Decode 64 tokens and read a prompt of 512, n_rounds times each, taking turns."""
+def compare(
+    path: Path, n_threads: int, n_rounds: int, repack: bool, n_prompt: int = 512
+) -> list[Comparison]:
+    """Decode 64 tokens and read a prompt, n_rounds times each, taking turns."""
     engine = Engine(path, EngineConfig(n_threads=n_threads, n_ctx=1024))
     rng = np.random.default_rng(1)
     label = ", repacked" if repack else ""
     decode = Comparison("decode" + label, [], [])
-    prompt = Comparison("prompt of 512" + label, [], [])
+    prompt = Comparison(f"prompt of {n_prompt}{label}", [], [])
     with LlamaCpp(path, n_threads=n_threads, repack=repack) as reference:
         for _ in range(n_rounds):
-            tokens = list(map(int, rng.integers(300, engine.model_config.n_vocab - 1, 512)))
+            tokens = list(map(int, rng.integers(300, engine.model_config.n_vocab - 1, n_prompt)))
             for result, measure in ((decode, compare_decode), (prompt, compare_prompt)):
-                n = 66 if measure is compare_decode else 512
+                n = 66 if measure is compare_decode else n_prompt
                 theirs, ours = measure(reference, engine, tokens[:n])
                 result.theirs.append(theirs)
                 result.ours.append(ours)

@@ -1,6 +1,11 @@
 """Models that many tests share, each made once a session; and the GPU for those that need one."""
 
 import os
+
+# Threads that wait for each other crawl on a machine that does something else meanwhile.
+os.environ["BUDDYRUN_THREADS"] = "1"
+os.environ["OPENBLAS_NUM_THREADS"] = "1"  # numpy's, which looks when it is imported
+
 import signal
 from functools import cache
 from pathlib import Path
@@ -14,9 +19,6 @@ from tests.llama_cpp_oracle import quantize
 from tests.paths import DEMO, HELD_OUT
 
 NO_GPU = "needs a GPU, and ggml finds none (CONTRIBUTING.md: make test-gpu)"
-
-# Threads that wait for each other crawl on a machine that does something else meanwhile.
-os.environ["BUDDYRUN_THREADS"] = "1"
 
 # Started in the background or by nohup, the tests and their children would ignore these.
 signal.signal(signal.SIGINT, signal.default_int_handler)

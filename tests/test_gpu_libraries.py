@@ -95,6 +95,7 @@ def test_a_folder_without_libraries_is_refused_in_words(tmp_path: Path) -> None:
         assert not (tmp_path / "target").exists()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("flag", [(), ("--require-gpu",)], ids=["usually", "where required"])
 def test_without_a_gpu_its_tests_are_skipped_or_an_error(flag: tuple[str, ...]) -> None:
     if find_gpu():

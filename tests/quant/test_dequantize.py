@@ -8,6 +8,7 @@ from quant.dequantize import dequantize
 from quant.errors import BackendError
 from quant.ggml_types import GGML_TYPES, GGML_TYPES_BY_NAME, GGMLType
 from quant.gguf_file import GGUFFile
+from tests.conftest import FILE_TYPES
 
 # What the gguf package converts as well.
 KNOWN_TO_GGUF = {
@@ -61,8 +62,11 @@ def test_random_blocks_become_the_numbers_that_the_gguf_package_makes(name: str)
     np.testing.assert_allclose(found, expected, rtol=2e-6, atol=1e-9)
 
 
+EVERY_DAY = ("F16", "Q8_0", "Q4_K")  # llama.cpp's quantizer takes long for the others
+
+
 @pytest.mark.parametrize(
-    "name", ["F16", "Q8_0", "Q6_K", "Q5_K", "Q4_K", "Q4_0", "Q3_K", "Q2_K", "IQ4_XS"]
+    "name", [n if n in EVERY_DAY else pytest.param(n, marks=pytest.mark.slow) for n in FILE_TYPES]
 )
 def test_a_quantized_model_becomes_what_the_gguf_package_makes_of_it(  # type: ignore[no-untyped-def]
     demo_in, name: str

@@ -66,7 +66,11 @@ def test_invalid_utf8_on_the_command_line_is_replaced(model: str) -> None:
 @pytest.mark.skipif(sys.platform != "linux", reason="macOS and Windows allow no such name")
 @pytest.mark.parametrize(
     "arguments",
-    [["show"], ["bench", "-t1", "-p", "4", "-n", "0"], ["run", "-t1", "-n1", "-p", "hi"]],
+    [
+        ["show"],
+        pytest.param(["bench", "-t1", "-p", "4", "-n", "0"], marks=pytest.mark.slow),
+        pytest.param(["run", "-t1", "-n1", "-p", "hi"], marks=pytest.mark.slow),
+    ],
 )
 def test_a_model_whose_name_is_not_utf8_can_be_used(arguments: list[str], tmp_path: Path) -> None:
     model = bytes(tmp_path) + b"/m\xff.gguf"
@@ -184,6 +188,7 @@ def test_the_demo_answers_within_three_seconds() -> None:
     assert first_s < 3
 
 
+@pytest.mark.slow
 def test_a_seed_gives_the_same_answer_again() -> None:
     command = ("demo", "-p", "Tell me a short story.", "-n", "12", "-s", "7")
     first = buddyrun_process(*command, command=BUDDYRUN)

@@ -104,6 +104,7 @@ def test_after_kill_9_in_an_answer_a_restart_gives_the_same_answer(loaded):
     assert text_of(loaded.generate(HI)) == whole
 
 
+@pytest.mark.slow
 @POSIX_ONLY
 def test_a_model_truncated_while_chatting_is_explained_and_restart_refuses_it(client, tmp_path):
     model = tmp_path / "model.gguf"
@@ -120,6 +121,7 @@ def test_a_model_truncated_while_chatting_is_explained_and_restart_refuses_it(cl
     assert client.restart().n_layer == 8
 
 
+@pytest.mark.slow
 @POSIX_ONLY
 def test_a_model_deleted_while_chatting_stays_usable_until_a_restart(client, tmp_path):
     model = tmp_path / "model.gguf"
@@ -136,9 +138,9 @@ def test_the_parent_never_loads_native_code_nor_maps_the_model():
 import sys
 sys.path.insert(0, {str(ROOT)!r})
 from runner.client import Client
-from runner.config import GenerateRequest
+from runner.config import EngineConfig, GenerateRequest
 with Client.start() as client:
-    client.load({str(DEMO)!r})
+    client.load({str(DEMO)!r}, EngineConfig(n_threads=1))
     *_, result = client.generate(GenerateRequest(prompt="a", n_predict=2))
 print(sorted({{"llama_cpp", "numpy", "torch", "quant.ggml", "gguf"}} & set(sys.modules)))
 print(".gguf" in open("/proc/self/maps").read() if sys.platform == "linux" else False)

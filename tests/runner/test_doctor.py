@@ -52,6 +52,7 @@ def assert_plausible(found: Bandwidth) -> None:
     assert "MiB" in found.how
 
 
+@pytest.mark.slow
 def test_the_cpu_is_listed_with_the_libraries_and_measured_in_time() -> None:
     stages: list[str] = []
     began_s = time.monotonic()

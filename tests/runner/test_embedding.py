@@ -39,7 +39,9 @@ def assert_rows_are_the_files(path: Path, tokens: np.ndarray) -> None:
     assert np.isfinite(found).all() and np.abs(found).max() > 0
 
 
-@pytest.mark.parametrize("name", ["F16", "Q8_0", "Q6_K", "Q4_K"])
+@pytest.mark.parametrize(
+    "name", ["F16", "Q8_0", pytest.param("Q6_K", marks=pytest.mark.slow), "Q4_K"]
+)
 def test_a_tokens_row_is_what_the_gguf_package_makes_of_it(  # type: ignore[no-untyped-def]
     demo_in, name: str
 ) -> None:

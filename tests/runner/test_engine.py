@@ -105,7 +105,16 @@ SHAPES = {
 }
 
 
-@pytest.mark.parametrize("name", SHAPES)
+SHAPES_OF_EVERY_DAY = (
+    "odd head count", "gqa 8", "16 experts, top-4", "head size of its own", "tied output", "biases",
+    "dense", "F32", "yarn", "longrope, long",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "name",
+    [n if n in SHAPES_OF_EVERY_DAY else pytest.param(n, marks=pytest.mark.slow) for n in SHAPES],
+)
 def test_other_shapes_have_llama_cpps_numbers(name: str, tmp_path: Path) -> None:
     path = write_random_model(tmp_path / "model.gguf", SHAPES[name])
     assert_same_numbers(path, path)
@@ -446,6 +455,7 @@ def test_every_pair_is_counted_once(demo_path) -> None:
     engine.close()
 
 
+@pytest.mark.slow
 def test_graphs_of_many_sizes_come_and_go_without_changing_a_number(demo_path) -> None:
     engine, fresh = Engine(demo_path, THREADS), Engine(demo_path, THREADS)
     engine._graphs = GraphCache(engine._parts, BatchShape(1, 256))  # its memory has to grow

@@ -377,6 +377,7 @@ def test_the_demo_model_has_a_frontier(folder: Path) -> None:
     ElementTree.parse(folder / "f.svg")
 
 
+@pytest.mark.slow
 def test_every_policy_has_a_place_in_the_demo_models_frontier(folder: Path) -> None:
     profile = default_path(DEMO)
     assert profile.exists()
@@ -393,6 +394,7 @@ def test_every_policy_has_a_place_in_the_demo_models_frontier(folder: Path) -> N
         assert point["kl_mean"] > 0.0 and point["bytes_read_ratio"] < 1.0, point["policy"]
 
 
+@pytest.mark.slow
 def test_a_signal_reaches_the_command_and_not_only_the_worker(folder: Path) -> None:
     process = subprocess.Popen(
         [

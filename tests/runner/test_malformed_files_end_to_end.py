@@ -1,4 +1,5 @@
-"""Every malformed file through the real programs: the command line and the worker's socket."""
+"""Malformed files through the real programs: every one through the worker's socket, and files of
+every kind through the command line, which only prints what the worker answers."""
 
 import os
 import subprocess
@@ -24,7 +25,7 @@ def buddyrun(*arguments: str) -> subprocess.CompletedProcess[str]:
     )  # fmt: skip
 
 
-@pytest.mark.parametrize("name", BUILDERS)
+@pytest.mark.parametrize("name", list(BUILDERS)[::5])
 def test_the_command_line_refuses_it_with_one_line_and_status_1(name: str, tmp_path: Path) -> None:
     path = BUILDERS[name](tmp_path / "model.gguf")
     done = buddyrun(str(path), "-p", "hi", "-n", "4")
@@ -42,6 +43,7 @@ def test_one_worker_refuses_them_all_and_lives(tmp_path: Path) -> None:
             with pytest.raises(BuddyrunError) as caught:
                 client.load(path, EngineConfig(n_threads=1))
             assert not isinstance(caught.value, InternalError), name
+            assert str(caught.value).isprintable() and "Traceback" not in str(caught.value), name
             pid = client.pid
             path.unlink(missing_ok=True)
         assert client.load(good, EngineConfig(n_threads=1)).n_expert == 4

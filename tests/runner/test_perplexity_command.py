@@ -321,6 +321,7 @@ def test_the_demo_model_is_judged_from_the_command_line(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform == "win32", reason="signals")
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGKILL])
 def test_a_signal_leaves_no_file_of_logits(number: signal.Signals, tmp_path: Path) -> None:

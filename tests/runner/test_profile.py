@@ -36,6 +36,14 @@ SMALL = RandomModel(n_embd=64, n_ff=96, n_layer=3, n_expert=5, type=T.Q8_0)
 Emit = Callable[[str, int, int], None]
 
 
+@pytest.fixture(scope="module", autouse=True)
+def short_estimates():  # type: ignore[no-untyped-def]
+    """Policies are compared on few tokens, which takes longest: no test here is about that."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("runner.profiling.estimates.N_TOKENS", 16)
+        yield
+
+
 def silent(stage: str, done: int, total: int) -> None:
     pass
 
@@ -224,9 +232,10 @@ def model(tmp_path: Path) -> Path:
     return write_random_model(tmp_path / "model.gguf", SMALL)
 
 
-@pytest.fixture
-def whole(model: Path) -> bytes:
-    """The profile as it is without any interruption."""
+@pytest.fixture(scope="module")
+def whole(short_estimates: None, tmp_path_factory: pytest.TempPathFactory) -> bytes:
+    """The profile of `model` as it is without any interruption."""
+    model = write_random_model(tmp_path_factory.mktemp("whole") / "model.gguf", SMALL)
     make(model, model.with_name("whole.npz"))
     return model.with_name("whole.npz").read_bytes()
 
@@ -257,9 +266,11 @@ def test_a_cancelled_profile_goes_on_where_it_was(
     assert result.n_kept == n_kept and (result.trace_s == 0.0) == (n_kept >= 2)
 
 
-def test_a_worker_that_is_killed_in_the_middle_is_continued(model: Path, whole: bytes) -> None:
-    output = model.with_name("out.npz")
+@pytest.mark.slow
+def test_a_worker_that_is_killed_in_the_middle_is_continued(model: Path) -> None:
+    output, whole = model.with_name("out.npz"), model.with_name("whole.npz")
     with Client.start() as client:
+        client.profile(wanted(model, whole))
 
         def kill(stage: str, done: int, total: int) -> None:
             if stage.startswith("comparing experts, layer 2"):
@@ -273,7 +284,7 @@ def test_a_worker_that_is_killed_in_the_middle_is_continued(model: Path, whole: 
     with Client.start() as client:
         result = client.profile(wanted(model, output), lambda *news: stages.append(news[0]))
     assert result.n_kept >= 3 and "running the text" not in stages
-    assert output.read_bytes() == whole
+    assert output.read_bytes() == whole.read_bytes()
 
 
 def test_cancel_ends_a_profile_and_the_worker_takes_the_next_job(model: Path) -> None:
@@ -285,9 +296,9 @@ def test_cancel_ends_a_profile_and_the_worker_takes_the_next_job(model: Path) ->
                 client.cancel()
 
         with pytest.raises(CancelledError):
-            client.profile(wanted(model, output), cancel)
+            client.profile(wanted(model, output, 64), cancel)
         assert folder_for(output).is_dir()
-        result = client.profile(wanted(model, output))
+        result = client.profile(wanted(model, output, 64))
         assert Path(result.output) == output and result.n_bytes == output.stat().st_size
 
 
@@ -318,7 +329,8 @@ def test_a_file_that_is_no_profile_is_not_overwritten(model: Path) -> None:
 
 
 def test_an_older_profile_is_replaced(model: Path, whole: bytes) -> None:
-    output = model.with_name("whole.npz")
+    output = model.with_name("out.npz")
+    output.write_bytes(whole)
     make(model, output, 200)
     assert output.read_bytes() != whole
     make(model, output)
@@ -433,6 +445,7 @@ def test_the_command_profiles_the_demo_model_within_a_minute(tmp_path: Path) -> 
 def test_ctrl_c_says_how_to_go_on_and_the_same_command_does(tmp_path: Path) -> None:
     output = tmp_path / "demo.npz"
     command = [sys.executable, "-m", "runner", "profile", str(DEMO), "-o", str(output)]
+    command += ["--tokens", "512"]
     process = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True)
     deadline = time.monotonic() + 60
     while not list(folder_for(output).glob("gram-*.npy")) and time.monotonic() < deadline:
@@ -446,4 +459,4 @@ def test_ctrl_c_says_how_to_go_on_and_the_same_command_does(tmp_path: Path) -> N
     )
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
     assert "Parts of it were there from an interrupted run." in done.stdout
-    assert load(DEMO, output).n_tokens == 2048
+    assert load(DEMO, output).n_tokens == 512

@@ -26,7 +26,7 @@ class Context:
         params = api.llama_model_default_params()
         self.model = api.llama_model_load_from_file(str(DEMO).encode(), params)
         settings = api.llama_context_default_params()
-        settings.n_ctx, settings.n_threads, settings.n_threads_batch = 256, 2, 2
+        settings.n_ctx, settings.n_threads, settings.n_threads_batch = 256, 1, 1
         self.handle = api.llama_init_from_model(self.model, settings)
 
     def restart(self, tokens: list[int]) -> None:

@@ -334,6 +334,7 @@ def test_a_benchmark_that_cannot_be_run_is_refused(session, tests, repetitions, 
         bench(session, tests, repetitions, text)
 
 
+@pytest.mark.slow
 def test_a_benchmark_on_the_model_gives_times_and_leaves_an_empty_context(session):
     samples = bench(session, [BenchTest(32, 0), BenchTest(0, 8), BenchTest(500, 12)])
     assert [(sample.n_prompt, sample.n_gen) for sample in samples] == [(32, 0), (0, 8), (500, 12)]

@@ -22,7 +22,9 @@ def big_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_decoding_and_prompts_keep_up_with_llama_cpp(big_path: Path) -> None:
-    decode, prompt = compare_speed.compare(big_path, n_threads=2, n_rounds=3, repack=False)
+    decode, prompt = compare_speed.compare(
+        big_path, n_threads=2, n_rounds=3, repack=False, n_prompt=192
+    )
     assert np.max(decode.ratios) > 0.85, str(decode)
     assert np.max(prompt.ratios) > 0.8, str(prompt)
 

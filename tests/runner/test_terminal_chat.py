@@ -61,6 +61,7 @@ def test_ctrl_c_twice_leaves_with_130(tmp_path: Path) -> None:
         assert pane.wait_for_end() == "130"
 
 
+@pytest.mark.slow
 def test_ctrl_c_at_the_prompt_clears_the_line_or_says_how_to_leave(tmp_path: Path) -> None:
     with scripted(tmp_path) as pane:
         pane.wait_for_prompt(1)
@@ -77,6 +78,7 @@ def test_ctrl_c_at_the_prompt_clears_the_line_or_says_how_to_leave(tmp_path: Pat
         assert pane.wait_for_end() == "0"
 
 
+@pytest.mark.slow
 def test_an_unknown_command_is_refused(tmp_path: Path) -> None:
     with scripted(tmp_path) as pane:
         pane.wait_for_prompt(1)
@@ -94,6 +96,7 @@ def test_escape_sequences_of_a_model_do_not_reach_the_terminal(tmp_path: Path) -
         assert pane.title == title
 
 
+@pytest.mark.slow
 def test_earlier_lines_come_back_also_in_the_next_chat(tmp_path: Path) -> None:
     with scripted(tmp_path) as pane:
         pane.wait_for_prompt(1)
@@ -131,6 +134,7 @@ def test_messages_of_several_lines(tmp_path: Path) -> None:
         pane.wait_for(r"You said 'five\nsix'")
 
 
+@pytest.mark.slow
 def test_pasted_lines_are_one_message_and_keep_their_backslashes(tmp_path: Path) -> None:
     with scripted(tmp_path) as pane:
         pane.wait_for_prompt(1)
@@ -154,6 +158,7 @@ def test_tab_completes_commands_and_file_names(tmp_path: Path) -> None:
         pane.wait_for("4 characters of only one.txt go with the next message.")
 
 
+@pytest.mark.slow
 def test_a_chosen_completion_is_taken_by_enter_and_sent_by_the_next(tmp_path: Path) -> None:
     with scripted(tmp_path) as pane:
         pane.wait_for_prompt(1)
@@ -166,6 +171,7 @@ def test_a_chosen_completion_is_taken_by_enter_and_sent_by_the_next(tmp_path: Pa
         assert "..." not in pane.screen()
 
 
+@pytest.mark.slow
 def test_tab_after_an_unknown_user_does_no_harm(tmp_path: Path) -> None:
     with scripted(tmp_path) as pane:
         pane.wait_for_prompt(1)
@@ -174,6 +180,7 @@ def test_tab_after_an_unknown_user_does_no_harm(tmp_path: Path) -> None:
         assert "Traceback" not in pane.wait_for("no such home directory: ~nouser/x")
 
 
+@pytest.mark.slow
 def test_a_searched_line_is_taken_by_enter(tmp_path: Path) -> None:
     with scripted(tmp_path) as pane:
         pane.wait_for_prompt(1)
@@ -202,7 +209,8 @@ def test_ctrl_c_leaves_a_search_and_the_chat_goes_on(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("arguments", "environment"), [(["--simple-io"], {}), ([], {"TERM": "dumb"})]
+    ("arguments", "environment"),
+    [(["--simple-io"], {}), pytest.param([], {"TERM": "dumb"}, marks=pytest.mark.slow)],
 )
 def test_plain_input_works_where_editing_does_not(
     arguments: list[str], environment: dict[str, str], tmp_path: Path
@@ -223,7 +231,11 @@ def test_plain_input_works_where_editing_does_not(
 
 @pytest.mark.parametrize(
     ("arguments", "environment", "is_dim"),
-    [([], {}, True), (["--no-color"], {}, False), ([], {"NO_COLOR": "1"}, False)],
+    [
+        ([], {}, True),
+        (["--no-color"], {}, False),
+        pytest.param([], {"NO_COLOR": "1"}, False, marks=pytest.mark.slow),
+    ],
 )
 def test_thinking_is_dim_unless_colours_are_off(
     arguments: list[str], environment: dict[str, str], is_dim: bool, tmp_path: Path
@@ -236,7 +248,10 @@ def test_thinking_is_dim_unless_colours_are_off(
         assert ("\x1b[2mhmm" in pane.screen(with_styles=True)) == is_dim
 
 
-@pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, "143"), (signal.SIGHUP, "129")])
+@pytest.mark.parametrize(
+    ("number", "status"),
+    [(signal.SIGTERM, "143"), pytest.param(signal.SIGHUP, "129", marks=pytest.mark.slow)],
+)
 def test_a_signal_at_the_prompt_leaves_the_terminal_as_it_was(
     number: signal.Signals, status: str, tmp_path: Path
 ) -> None:
@@ -255,6 +270,7 @@ def test_one_answer_on_a_terminal_is_safe_to_look_at(tmp_path: Path) -> None:
         assert "␛[2J" in pane.screen() and "[ Prompt: 41.2" in pane.screen()
 
 
+@pytest.mark.slow
 def test_a_prompt_with_cnv_begins_a_chat(tmp_path: Path) -> None:
     with scripted(tmp_path, "-cnv", "-p", "hello") as pane:
         assert "You said 'hello'" in pane.wait_for_prompt(1)
@@ -262,6 +278,7 @@ def test_a_prompt_with_cnv_begins_a_chat(tmp_path: Path) -> None:
         pane.wait_for("You said 'more'")
 
 
+@pytest.mark.slow
 def test_a_single_turn_on_a_terminal(tmp_path: Path) -> None:
     with scripted(tmp_path, "-cnv", "-st") as pane:
         pane.wait_for_prompt(1)

@@ -210,9 +210,7 @@ def assert_works_when_put_right(path: Path, expected: list[np.ndarray]) -> None:
 # changes between two steps
 
 
-@pytest.mark.parametrize(
-    "change", [cut_last_experts, overwrite_experts, overwrite_one_byte, append, write_anew]
-)
+@pytest.mark.parametrize("change", [*CHANGES, pytest.param(write_anew, marks=SLOW)])
 def test_a_file_that_changed_stops_the_answer_at_once(
     change: Change, engine: Engine, path: Path, expected: list[np.ndarray]
 ) -> None:

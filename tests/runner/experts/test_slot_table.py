@@ -40,7 +40,7 @@ def test_a_hundred_thousand_operations_leave_what_the_model_says() -> None:
     assert min(n_done.values()) >= 2_000
 
 
-@pytest.mark.parametrize("policy", ["lru", "lfu"])
+@pytest.mark.parametrize("policy", [pytest.param("lru", marks=pytest.mark.slow), "lfu"])
 def test_who_leaves_is_right_after_more_tokens_than_aged_counts_can_count(policy: str) -> None:
     n_expert, n_all = 6, 0
     table, model = SlotTable([4, 3], n_expert, policy), LayerModel(3, n_expert, policy)

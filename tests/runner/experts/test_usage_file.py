@@ -121,6 +121,7 @@ def test_layers_that_have_every_expert_count_uses_too(tmp_path: Path, demo_path:
         engine.close()
 
 
+@pytest.mark.slow
 def test_static_streams_while_favourites_become_pinned(tmp_path: Path, demo_path: Path) -> None:
     rng, path = np.random.default_rng(2), tmp_path / "uses.json"
     config = EngineConfig(

@@ -238,6 +238,7 @@ def test_an_engine_that_cannot_start_is_a_problem_with_a_command(
 # the real command
 
 
+@pytest.mark.slow
 def test_the_real_command_tells_of_this_machine() -> None:
     done = buddyrun_process("doctor", command=BUDDYRUN)
     text = done.stdout.decode()
@@ -253,7 +254,10 @@ def test_the_real_command_as_json_without_figures() -> None:
     assert {device["own_memory"]["gb_per_s"] for device in values["devices"]} == {None}
 
 
-@pytest.mark.parametrize("flags", [[], ["--json"], ["--no-measure"]])
+@pytest.mark.parametrize(
+    "flags",
+    [[], *(pytest.param([flag], marks=pytest.mark.slow) for flag in ("--json", "--no-measure"))],
+)
 def test_without_libraries_it_says_so_and_what_to_do(flags: list[str], tmp_path: Path) -> None:
     environment = {"LLAMA_CPP_LIB_PATH": str(tmp_path)}
     done = buddyrun_process("doctor", *flags, command=BUDDYRUN, **environment)
