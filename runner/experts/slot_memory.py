@@ -7,7 +7,7 @@ that place too, with a block's gap between them, and whole blocks are read strai
 
 import mmap
 from collections.abc import Sequence
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 
 import numpy as np
@@ -61,13 +61,18 @@ class SlotMemory:
         self._mapping = private_memory(n_bytes)
         self._view = memoryview(self._mapping)
         self.n_bytes = n_bytes
-        self._context = Context(backend.ggml, len(self._slabs))
-        self._buffer = backend.wrap(np.frombuffer(self._mapping, np.uint8))
-        self.slabs = tuple(self._place(layer, n) for layer, n in enumerate(n_slots))
+        with ExitStack() as owned:
+            owned.callback(self._release)
+            self._context = owned.enter_context(Context(backend.ggml, len(self._slabs)))
+            memory = np.frombuffer(self._mapping, np.uint8)
+            self._buffer = owned.enter_context(backend.wrap(memory))
+            self.slabs = tuple(self._place(layer, n) for layer, n in enumerate(n_slots))
+            self._owned = owned.pop_all()
 
     def close(self) -> None:
-        self._buffer.close()
-        self._context.close()
+        self._owned.close()
+
+    def _release(self) -> None:
         self._view.release()
         with suppress(BufferError):  # a part is still in use somewhere; the last one frees it
             self._mapping.close()
