@@ -26,6 +26,7 @@ class CachePlan:
     notes: tuple[str, ...] = ()  # what the user should know, each one sentence
     is_on_device: bool = False  # the memory above is that of a device beside the CPU
     has_room_for_experts: bool = True  # the host's memory holds the file's experts besides
+    refused_slots: tuple[int, ...] = ()  # per layer, the first that a device had no memory for
 
     @property
     def left_bytes(self) -> int | None:

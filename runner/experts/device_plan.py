@@ -1,5 +1,6 @@
 """How many slots for experts the memory of a device buys. Allocates nothing."""
 
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Protocol
 
@@ -72,10 +73,19 @@ def with_fewer_slots(plan: CachePlan, sizes: ModelSizes) -> CachePlan | None:
     n_slots = share_out(int(plan.n_bytes * _FEWER), _costs(sizes), max(plan.n_slots, default=0))
     if not plan.n_slots or min(n_slots) < 1:
         return None
-    text = f"The GPU had less memory than it said: {min(n_slots)} slots per layer instead of "
-    text += f"{min(plan.n_slots)}."
+    refused = plan.refused_slots or plan.n_slots
+    text = (
+        f"The GPU had less memory than it said: {_per_layer(n_slots)} slots per layer instead of "
+    )
+    text += f"{_per_layer(refused)}."
     notes = (*(note for note in plan.notes if not note.startswith("The GPU had")), text)
-    return replace(plan, n_slots=n_slots, n_bytes=_n_bytes(n_slots, sizes), notes=notes)
+    n_bytes = _n_bytes(n_slots, sizes)
+    return replace(plan, n_slots=n_slots, n_bytes=n_bytes, notes=notes, refused_slots=refused)
+
+
+def _per_layer(n_slots: Sequence[int]) -> str:
+    """The mean, to a tenth."""
+    return f"{round(sum(n_slots) / len(n_slots), 1):g}"
 
 
 def _costs(sizes: ModelSizes) -> tuple[int, ...]:
