@@ -316,6 +316,7 @@ class GraphAllocator(_Owner):
 def check(status: int) -> None:
     """Raise BackendError unless a ggml status says success."""
     if status == _OUT_OF_MEMORY:
-        raise OutOfMemoryError("ggml: out of memory")
+        raise OutOfMemoryError("out of memory while the device computed: use a smaller -b or -c")
     if status != 0:
-        raise BackendError(f"ggml: {_STATUS.get(status, f'status {status}')}")
+        what = _STATUS.get(status, f"status {status}")
+        raise BackendError(f"the device did not do what it was asked to (ggml: {what})")

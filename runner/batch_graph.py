@@ -7,6 +7,7 @@ its own and needs no decision.
 """
 
 import time
+from contextlib import ExitStack
 from dataclasses import dataclass
 
 import numpy as np
@@ -95,8 +96,11 @@ class BatchGraph:
         graph = self._whole.get(is_restricted)
         if graph is None:
             graph = TokenGraph(self._parts, self.shape.n_kv, is_restricted)
+            with ExitStack() as undo:
+                undo.callback(graph.close)
+                graph.lay_out(self._allocator)
+                undo.pop_all()
             self._whole[is_restricted] = graph
-            graph.lay_out(self._allocator)
         start = time.perf_counter_ns()
         graph.compute()
         self.compute_ns += time.perf_counter_ns() - start
@@ -187,8 +191,11 @@ class BatchGraph:
         """The graph that begins with a sum; built when it is first needed."""
         graph = self._after_passes.get(index)
         if graph is None:
-            graph = self._after_passes[index] = self._build(index, is_after_passes=True)
-            graph.lay_out_within(self._allocator)
+            with ExitStack() as undo:
+                graph = undo.enter_context(self._build(index, is_after_passes=True))
+                graph.lay_out_within(self._allocator)
+                undo.pop_all()
+            self._after_passes[index] = graph
         return graph
 
     def _build(self, index: int, is_after_passes: bool) -> Graph:

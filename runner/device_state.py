@@ -3,6 +3,7 @@
 Knows no graph's order and no policy.
 """
 
+from contextlib import ExitStack
 from dataclasses import dataclass
 
 import numpy as np
@@ -56,7 +57,7 @@ class DeviceState:
     ) -> None:
         """has_passes: experts of a layer may be computed one after the other (`ExpertPass`)."""
         self.has_passes = has_passes
-        self._context = context = Context(backend.ggml, 24)
+        context = Context(backend.ggml, 24)
         pairs, scores = max(1, config.n_expert_used), max(1, config.n_expert)
         self.tokens = context.tensor(_I32, n_batch)
         self.positions = context.tensor(_I32, n_batch)
@@ -72,7 +73,10 @@ class DeviceState:
         self.logits = context.tensor(_F32, config.n_vocab)
         n_pairs = pairs * n_batch if has_passes else 1
         self.passes = PassTensors(context, config, n_pairs, self.ffn_input)
-        self._buffer = context.allocate(backend)
+        with ExitStack() as owned:
+            owned.callback(context.close)
+            self._buffer = owned.enter_context(context.allocate(backend))
+            self._owned = owned.pop_all()
         self._host_mask = np.empty(n_batch * padded_context(n_ctx), np.float16)
 
     @property
@@ -80,8 +84,7 @@ class DeviceState:
         return self._buffer.n_bytes
 
     def close(self) -> None:
-        self._buffer.close()
-        self._context.close()
+        self._owned.close()
 
     def host_mask(self, shape: BatchShape) -> np.ndarray:
         """Host memory for the mask (n_tokens, n_kv); all batch shapes share it."""

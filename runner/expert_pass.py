@@ -5,6 +5,7 @@ finds them. All pairs that an expert has in the batch belong into one pass: see 
 """
 
 from collections.abc import Callable
+from contextlib import ExitStack
 
 import numpy as np
 
@@ -132,9 +133,11 @@ class PassSet:
             experts.start(pairs, slots)
             meanwhile()
         finally:
-            self._backend.synchronize()
-            if key not in self._kept:
-                experts.close()
+            try:
+                self._backend.synchronize()
+            finally:
+                if key not in self._kept:
+                    experts.close()
 
     def drop_all(self) -> None:
         """Forget what was laid out."""
@@ -145,7 +148,10 @@ class PassSet:
     def _build(self, key: tuple[int, int, bool]) -> ExpertPass:
         layer, n_pairs, has_one_token = key
         experts = self._make(layer, n_pairs, has_one_token)
-        experts.lay_out(self._allocator)
+        with ExitStack() as undo:
+            undo.callback(experts.close)
+            experts.lay_out(self._allocator)
+            undo.pop_all()
         if n_pairs <= self._config.n_expert_used:
             self._kept[key] = experts
         return experts

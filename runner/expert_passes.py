@@ -38,7 +38,10 @@ class ExpertPasses:
             tensors, allocator = memory.tensors, memory.allocator
         self._by_host = PassSet(parts.host, config, tensors, mapped, allocator)
         if self._host_memory is not None:
-            self._by_host.reserve(n_batch)
+            with ExitStack() as undo:
+                undo.callback(self._host_memory.close)
+                self._by_host.reserve(n_batch)
+                undo.pop_all()
 
     @property
     def has_device(self) -> bool:

@@ -1,7 +1,7 @@
 """Keeps the graphs of recent batch shapes; all share one piece of compute memory."""
 
 from collections import OrderedDict
-from contextlib import closing
+from contextlib import ExitStack, closing
 
 from quant.ggml import GraphAllocator
 from runner.batch_graph import BatchGraph
@@ -18,16 +18,13 @@ class GraphCache:
     def __init__(self, parts: EngineParts, largest: BatchShape) -> None:
         self._parts = parts
         self._graphs: OrderedDict[BatchShape, BatchGraph] = OrderedDict()
-        self._allocator = GraphAllocator(parts.backend)
-        with closing(BatchGraph(parts, largest)) as graph:
-            graph.reserve(self._allocator)
-            if not parts.backend.is_host:
-                graph.check_support()
-        if parts.config.is_moe:
-            is_restricted = parts.residency is not None
-            with closing(TokenGraph(parts, largest.n_kv, is_restricted)) as token_graph:
-                token_graph.reserve(self._allocator)
-        self.passes = ExpertPasses(parts, largest.n_tokens, self._allocator)
+        with ExitStack() as owned:
+            self._allocator = owned.enter_context(GraphAllocator(parts.backend))
+            self._reserve(largest)
+            self.passes = ExpertPasses(parts, largest.n_tokens, self._allocator)
+            owned.callback(self.passes.close)
+            owned.callback(self._drop_all)
+            self._owned = owned.pop_all()
 
     def get(self, shape: BatchShape) -> BatchGraph:
         """The graph of this shape, ready to run."""
@@ -43,20 +40,35 @@ class GraphCache:
         return self._allocator.n_bytes
 
     def close(self) -> None:
-        self._drop_all()
-        self.passes.close()
-        self._allocator.close()
+        self._owned.close()
+
+    def _reserve(self, largest: BatchShape) -> None:
+        """Make the memory large enough for all graphs but the passes."""
+        parts = self._parts
+        with closing(BatchGraph(parts, largest)) as graph:
+            graph.reserve(self._allocator)
+            if not parts.backend.is_host:
+                graph.check_support()
+        if parts.config.is_moe:
+            is_restricted = parts.residency is not None
+            with closing(TokenGraph(parts, largest.n_kv, is_restricted)) as token_graph:
+                token_graph.reserve(self._allocator)
 
     def _add(self, shape: BatchShape) -> BatchGraph:
         while len(self._graphs) >= _MAX_GRAPHS:
             self._graphs.popitem(last=False)[1].close()
-        graph = BatchGraph(self._parts, shape)
-        before = self._allocator.n_bytes
-        graph.reserve(self._allocator)
-        if self._allocator.n_bytes != before:
-            self._drop_all()  # the memory moved: their addresses are void
-            self.passes.drop_all()
-        graph.lay_out(self._allocator)
+        with ExitStack() as undo:
+            graph = BatchGraph(self._parts, shape)
+            undo.callback(graph.close)
+            before = self._allocator.n_bytes
+            try:
+                graph.reserve(self._allocator)
+            finally:
+                if self._allocator.n_bytes != before:
+                    self._drop_all()  # the memory moved or is gone: their addresses are void
+                    self.passes.drop_all()
+            graph.lay_out(self._allocator)
+            undo.pop_all()
         self._graphs[shape] = graph
         return graph
 

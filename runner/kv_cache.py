@@ -4,6 +4,8 @@
 position is a place in the text; they differ once a context shift has freed cells in the middle.
 """
 
+from contextlib import ExitStack
+
 import numpy as np
 
 from quant.ggml import Backend, Context
@@ -88,12 +90,15 @@ class KVCache:
         n_cells = padded_context(n_ctx)
         self.cells = KVCells(n_cells, config.sliding_window)
         self._backend = backend
-        self._context = Context(backend.ggml, 2 * config.n_layer)
+        context = Context(backend.ggml, 2 * config.n_layer)
         row = config.n_embd_head * config.n_head_kv
         layers = range(config.n_layer)
-        self.k = [self._context.tensor(type_k.id, row, n_cells) for _ in layers]
-        self.v = [self._context.tensor(type_v.id, row, n_cells) for _ in layers]
-        self._buffer = self._context.allocate(backend)
+        self.k = [context.tensor(type_k.id, row, n_cells) for _ in layers]
+        self.v = [context.tensor(type_v.id, row, n_cells) for _ in layers]
+        with ExitStack() as owned:
+            owned.callback(context.close)
+            self._buffer = owned.enter_context(context.allocate(backend))
+            self._owned = owned.pop_all()
         self._n_cleared = 0
 
     @property
@@ -101,8 +106,7 @@ class KVCache:
         return self._buffer.n_bytes
 
     def close(self) -> None:
-        self._buffer.close()
-        self._context.close()
+        self._owned.close()
 
     def truncate(self, n_past: int) -> None:
         """Forget every position from n_past on, and zero its cells before they are seen again."""

@@ -3,6 +3,7 @@
 With it a graph can restrict the router to residents and find their slots without the host.
 """
 
+from contextlib import ExitStack
 from dataclasses import dataclass
 
 import numpy as np
@@ -32,13 +33,17 @@ class Residency:
 
     def __init__(self, backend: Backend, config: ModelConfig) -> None:
         n_layer, n_expert, k = config.n_layer, config.n_expert, config.n_expert_used
-        self._context = context = Context(backend.ggml, 5)
+        context = Context(backend.ggml, 5)
         self._mask = context.tensor(_F32, n_expert, n_layer)
         self._slot_of = context.tensor(_I32, n_expert, n_layer)
         self._ids = context.tensor(_I32, k, n_layer)
         self._weights = context.tensor(_F32, k, n_layer)
         self._scores = context.tensor(_F32, n_expert, n_layer)
-        self._buffer = context.allocate(backend)
+        with ExitStack() as owned:
+            owned.callback(context.close)
+            owned.enter_context(context.allocate(backend))
+            self._owned = owned.pop_all()
+        self._is_current = False  # what the device has is what the ports' arrays say
         all_experts, chosen = (n_layer, n_expert), (n_layer, k)
         self._mask_port = HostPort(backend, self._mask, np.zeros(all_experts, np.float32))
         self._slots_port = HostPort(backend, self._slot_of, np.full(all_experts, -2, np.int32))
@@ -47,17 +52,18 @@ class Residency:
         self._scores_port = HostPort(backend, self._scores, np.zeros(all_experts, np.float32))
 
     def close(self) -> None:
-        self._buffer.close()
-        self._context.close()
+        self._owned.close()
 
     def update(self, slot_of: np.ndarray) -> None:
         """Bring the device up to date; slot_of (n_layer, n_expert) int32, below 0 for missing."""
-        if np.array_equal(slot_of, self._slots_port.array):
+        if self._is_current and np.array_equal(slot_of, self._slots_port.array):
             return
+        self._is_current = False
         self._slots_port.array[:] = slot_of
         self._mask_port.array[:] = np.where(slot_of < 0, -np.inf, 0.0)
         self._slots_port.upload()
         self._mask_port.upload()
+        self._is_current = True
 
     def routed(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """What the free router chose: ids and weights (n_layer, n_expert_used), all scores

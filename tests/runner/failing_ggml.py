@@ -26,9 +26,12 @@ RAISES = object()  # in the place of a result: ggml itself cannot say that such 
 # here: where they find no memory ggml ends the process.
 RESULTS: dict[str, tuple[object, ...]] = {
     "backend_dev_init": (None,),
+    "backend_alloc_ctx_tensors": (None,),
     "backend_dev_buffer_from_host_ptr": (None,),
     "backend_buft_alloc_buffer": (None,),
     "backend_event_new": (None,),
+    "gallocr_reserve": (False,),
+    "gallocr_alloc_graph": (False,),
     "backend_tensor_alloc": (FAILED, OUT_OF_MEMORY),
     "backend_graph_compute": (FAILED, OUT_OF_MEMORY),
     "backend_graph_compute_async": (FAILED, OUT_OF_MEMORY),
@@ -36,6 +39,7 @@ RESULTS: dict[str, tuple[object, ...]] = {
     "backend_tensor_get": (RAISES,),
     "backend_tensor_memset": (RAISES,),
     "backend_tensor_set_async": (RAISES,),
+    "backend_synchronize": (RAISES,),
     "backend_event_record": (RAISES,),
     "backend_event_synchronize": (RAISES,),
 }

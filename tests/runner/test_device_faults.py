@@ -1,4 +1,4 @@
-"""A device that fails at any copy or computation, while a model loads or answers.
+"""A device that fails at any allocation, copy or computation, while a model loads or answers.
 
 What comes out is an error that a user can read, and afterwards the same session loads and answers
 as if nothing had been.
@@ -58,6 +58,9 @@ CASES = {
     ON_HOST: Case({"moe_miss": "host"}),
     "all experts have slots": Case({"moe_cache_slots": 8}),
     "the context is shifted": Case({"n_ctx": 24, "context_shift": True}, n_predict=10),
+    "residents stand in": Case(
+        {"buddy": "resident", "buddy_min_rank": 1, **STAND_INS}, n_predict=8, is_exact=False
+    ),
     "stand-ins are verified": Case(
         {"buddy": "router", "verify_every": 1, **STAND_INS}, is_exact=False
     ),
@@ -219,6 +222,7 @@ class Drill:
 def assert_is_plain(text: str) -> None:
     """One or two sentences for a user."""
     assert 12 <= len(text) <= 250 and "\n" not in text
+    assert len(text.split()) >= 5
     assert not any(word in text for word in ("Error(", "Traceback", "0x", "None"))
 
 
@@ -316,7 +320,7 @@ def first_line(ggml: FailingGgml, file: str) -> tuple[str, ...]:
 
 
 @pytest.mark.parametrize("device", ["like a GPU", GPU], indirect=True)
-@pytest.mark.parametrize("file", ["device_slots.py"])
+@pytest.mark.parametrize("file", ["device_slots.py", "kv_cache.py", "expert_passes.py"])
 def test_a_device_that_refuses_however_few_slots_it_should_hold_is_given_up(
     device: str, file: str, ggml: FailingGgml
 ) -> None:
