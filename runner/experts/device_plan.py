@@ -70,8 +70,10 @@ def plan_device(
 
 def with_fewer_slots(plan: CachePlan, sizes: ModelSizes) -> CachePlan | None:
     """The plan to try when the device refused this one; None when there is no smaller."""
-    n_slots = share_out(int(plan.n_bytes * _FEWER), _costs(sizes), max(plan.n_slots, default=0))
-    if not plan.n_slots or min(n_slots) < 1:
+    if not plan.n_slots:
+        return None
+    n_slots = share_out(int(plan.n_bytes * _FEWER), _costs(sizes), max(plan.n_slots))
+    if min(n_slots) < 1:
         return None
     refused = plan.refused_slots or plan.n_slots
     text = (

@@ -293,3 +293,7 @@ def test_other_notes_stay() -> None:
 
 def test_there_is_no_smaller_plan_than_one_slot() -> None:
     assert with_fewer_slots(plan(config=with_slots(1)), SIZES) is None
+
+
+def test_a_dense_model_has_no_smaller_plan() -> None:
+    assert with_fewer_slots(plan(PLENTY, DENSE, DENSE_SIZES), DENSE_SIZES) is None
