@@ -85,6 +85,7 @@ def _check_range(flag: str, value: int, low: int, high: int) -> None:
 def _check_expert_settings(config: EngineConfig) -> None:
     if config.moe_cache_bytes != MOE_CACHE_AUTO:
         _check_range("--moe-cache", config.moe_cache_bytes, 0, MAX_MOE_CACHE_BYTES)
+    _check_range("--fit-margin", config.fit_margin_bytes, 0, MAX_MOE_CACHE_BYTES)
     _check_range("--moe-cache-slots", config.moe_cache_slots, 0, MAX_MOE_CACHE_SLOTS)
     _check_range("--verify-every", config.verify_every, 0, MAX_VERIFY_EVERY)
     _check_choice("--moe-cache-policy", config.moe_cache_policy, CACHE_POLICIES)

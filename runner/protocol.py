@@ -333,6 +333,8 @@ def _fits(expected: Any, value: Any) -> bool:
         return isinstance(value, dict) and all(
             isinstance(key, str) and isinstance(item, str) for key, item in value.items()
         )
+    if get_origin(expected) is tuple:
+        return False  # a list was taken apart before
     choices = get_args(expected) or (expected,)
     return type(value) in choices  # exact, so that a bool is no int
 

@@ -158,18 +158,26 @@ def _shortage(
     )
 
 
-def _check_room(config: EngineConfig, plan: CachePlan) -> None:
-    """Memory runs out only while experts are read: too late to find out then."""
-    flag = f"--moe-cache-slots {config.moe_cache_slots}" if config.moe_cache_slots else ""
+def check_budget(config: EngineConfig, plan: CachePlan) -> str:
+    """Refuse more slots than --moe-cache allows; returns how to call what asks for them."""
+    if not config.moe_cache_slots:
+        return "--moe-cache"
+    flag = f"--moe-cache-slots {config.moe_cache_slots}"
     if plan.n_bytes > plan.budget_bytes:
         raise OptionError(
             f"{flag} takes {bytes_text(plan.n_bytes)} and --moe-cache allows "
             f"{bytes_text(plan.budget_bytes)}: leave one of them out, or use --moe-cache "
             f"{flag_text(plan.n_bytes)}"
         )
+    return flag
+
+
+def _check_room(config: EngineConfig, plan: CachePlan) -> None:
+    """Memory runs out only while experts are read: too late to find out then."""
+    flag = check_budget(config, plan)
     if plan.available_bytes is not None and plan.n_bytes > plan.available_bytes:
         raise OptionError(
-            f"{flag or '--moe-cache'}: the slots take {bytes_text(plan.n_bytes)} and "
+            f"{flag}: the slots take {bytes_text(plan.n_bytes)} and "
             f"{bytes_text(plan.available_bytes)} of memory are free: use a smaller one, or "
             "--moe-cache off, which reads experts from the mapped file, slowly"
         )

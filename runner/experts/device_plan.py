@@ -7,7 +7,7 @@ from typing import Protocol
 from runner.byte_sizes import bytes_text, flag_text
 from runner.config import MOE_CACHE_AUTO, MOE_CACHE_OFF, EngineConfig
 from runner.errors import OptionError
-from runner.experts.cache_plan import CachePlan, check_flags, share_out
+from runner.experts.cache_plan import CachePlan, check_budget, check_flags, share_out
 from runner.experts.other_memory import OtherMemory, device_memory, other_memory
 from runner.model_config import ModelConfig
 from runner.model_sizes import ModelSizes
@@ -51,7 +51,7 @@ def plan_device(
     plan = CachePlan((), 0, 0, available, other.n_bytes, (), True, has_room)
     if not sizes.expert_bytes:
         _check_fits(device, other, available)
-        return plan
+        return replace(plan, notes=_notes(device, plan))
     if config.moe_cache_bytes == MOE_CACHE_OFF:
         raise OptionError(
             f"--moe-cache off: without slots for experts on {device.name} there is nothing to gain "
@@ -63,7 +63,7 @@ def plan_device(
         n_slots = share_out(budget, _costs(sizes), model.n_expert)
     plan = replace(plan, n_slots=n_slots, n_bytes=_n_bytes(n_slots, sizes), budget_bytes=budget)
     if min(n_slots) < 1:
-        raise OptionError(_shortage(device, sizes, other, plan))
+        raise OptionError(_shortage(config, device, sizes, other, plan))
     _check_room(config, device, other, plan)
     return replace(plan, notes=_notes(device, plan))
 
@@ -109,21 +109,29 @@ def _budget(config: EngineConfig, sizes: ModelSizes, other: OtherMemory, availab
 def _check_fits(device: DeviceLike, other: OtherMemory, available: int) -> None:
     """A model without experts is on the device as a whole, or not at all."""
     if other.n_bytes - other.headroom_bytes > available:
-        raise OptionError(f"{_taken(device, other, available)}: use --device cpu")
+        raise OptionError(f"{_taken(device, other, available, '')}: use --device cpu")
 
 
-def _shortage(device: DeviceLike, sizes: ModelSizes, other: OtherMemory, plan: CachePlan) -> str:
+def _shortage(
+    config: EngineConfig, device: DeviceLike, sizes: ModelSizes, other: OtherMemory, plan: CachePlan
+) -> str:
     smallest = sum(_costs(sizes))
+    if config.moe_cache_bytes != MOE_CACHE_AUTO:
+        return (
+            f"--moe-cache: {bytes_text(plan.budget_bytes)} hold less than one expert a layer; "
+            f"the smallest is --moe-cache {flag_text(smallest)} ({bytes_text(smallest)})"
+        )
+    taken = _taken(device, other, plan.available_bytes or 0, " besides its experts")
     return (
-        f"{_taken(device, other, plan.available_bytes or 0)}; one expert of each layer takes "
-        f"{bytes_text(smallest)}: use a smaller -c, -b or --fit-margin, or --device cpu"
+        f"{taken}; one expert of each layer takes {bytes_text(smallest)}: use a smaller -c, -b or "
+        "--fit-margin, or --device cpu"
     )
 
 
-def _taken(device: DeviceLike, other: OtherMemory, available: int) -> str:
+def _taken(device: DeviceLike, other: OtherMemory, available: int, besides: str) -> str:
     return (
         f"{device.name} has {bytes_text(available)} of memory free and the model takes "
-        f"{bytes_text(other.n_bytes)} besides its experts (weights "
+        f"{bytes_text(other.n_bytes)}{besides} (weights "
         f"{bytes_text(other.weights_bytes)}, keys and values {bytes_text(other.kv_bytes)}, "
         f"compute memory {bytes_text(other.compute_bytes)}, margin "
         f"{bytes_text(other.headroom_bytes)})"
@@ -134,17 +142,11 @@ def _check_room(
     config: EngineConfig, device: DeviceLike, other: OtherMemory, plan: CachePlan
 ) -> None:
     """Refuse slots that cannot be had; what only cuts into the margin is the user's choice."""
-    flag = f"--moe-cache-slots {config.moe_cache_slots}" if config.moe_cache_slots else ""
-    if plan.n_bytes > plan.budget_bytes:
-        raise OptionError(
-            f"{flag} takes {bytes_text(plan.n_bytes)} and --moe-cache allows "
-            f"{bytes_text(plan.budget_bytes)}: leave one of them out, or use --moe-cache "
-            f"{flag_text(plan.n_bytes)}"
-        )
+    flag = check_budget(config, plan)
     room = (plan.available_bytes or 0) - (other.n_bytes - other.headroom_bytes)
     if plan.n_bytes > room:
         raise OptionError(
-            f"{flag or '--moe-cache'}: the slots take {bytes_text(plan.n_bytes)} and "
+            f"{flag}: the slots take {bytes_text(plan.n_bytes)} and "
             f"{device.name} has {bytes_text(max(0, room))} for them: use a smaller one, or leave "
             "it out"
         )

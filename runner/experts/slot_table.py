@@ -103,12 +103,6 @@ class SlotTable:
             self.frequency[layer, expert] * 2.0 ** -(self._n_tokens[layer] / LFU_HALF_LIFE)
         )
 
-    def least_used(self, layer: int) -> int | None:
-        """The resident that was asked for least, of those that may leave now; None without any."""
-        experts = self.expert_in[layer, self._takeable(layer)[: self.expert_in.shape[1]]]
-        experts = experts[experts != EMPTY]
-        return int(experts[self.frequency[layer, experts].argmin()]) if len(experts) else None
-
     # what is where
 
     def residents(self, layer: int) -> np.ndarray:
@@ -152,6 +146,15 @@ class SlotTable:
         """Whether `take` would find a slot."""
         return bool(self._takeable(layer).any())
 
+    def next_victim(self, layer: int) -> int | None:
+        """Who leaves at the next `take`: a resident, or EMPTY; None where it would find no slot."""
+        slots = np.flatnonzero(self._takeable(layer))
+        if not len(slots):
+            return None
+        if self.is_full(layer):
+            return EMPTY
+        return int(self.expert_in[layer, self._least_worth(layer, slots)])
+
     def take(self, layer: int, expert: int) -> int:
         """Lend a slot to a read of `expert`, which must have none; evicts the least worth.
 
@@ -165,10 +168,7 @@ class SlotTable:
         if self.is_full(layer):
             self._filling[layer, expert] = expert
             return expert
-        experts = self.expert_in[layer, slots]
-        value = self.worth(layer)[experts].astype(np.float64)
-        value[experts == EMPTY] = -np.inf
-        slot = int(slots[value.argmin()])
+        slot = self._least_worth(layer, slots)
         self._evict(layer, slot)
         self._filling[layer, slot] = expert
         return slot
@@ -213,6 +213,13 @@ class SlotTable:
             slot = self.slot_of[layer, expert]
             assert slot != EMPTY, f"expert {expert} is not resident"
             self._pinned[layer, slot] = False
+
+    def _least_worth(self, layer: int, slots: np.ndarray) -> int:
+        """The slot of these that is empty, else the one whose expert is worth least."""
+        experts = self.expert_in[layer, slots]
+        value = self.worth(layer)[experts].astype(np.float64)
+        value[experts == EMPTY] = -np.inf
+        return int(slots[value.argmin()])
 
     def _takeable(self, layer: int) -> np.ndarray:
         takeable: np.ndarray = self._filling[layer] == EMPTY

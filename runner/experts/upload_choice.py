@@ -6,7 +6,7 @@ Uploading is not for the token at hand, for which the host is faster, but for th
 from collections.abc import Sequence
 
 from runner.experts.expert_store import ExpertCosts
-from runner.experts.slot_table import SlotTable
+from runner.experts.slot_table import EMPTY, SlotTable
 
 
 def expert_to_upload(
@@ -15,13 +15,14 @@ def expert_to_upload(
     """The expert of `on_host` whose upload pays, or None.
 
     It is expected to be used as often in the tokens to come as in those behind, by the aged counts
-    of the table. So a slot saves, for each use more than its present expert has, the time between
-    computing on the host and on the device; that has to be more than the upload takes.
+    of the table. So a slot saves, for each use more than the expert that would leave has, the time
+    between computing on the host and on the device; that has to be more than the upload takes.
     """
-    victim = table.least_used(layer)
+    victim = table.next_victim(layer)
     if victim is None or not on_host:
         return None
     best = max(on_host, key=lambda expert: table.recent_uses(layer, expert))
-    n_more_uses = table.recent_uses(layer, best) - table.recent_uses(layer, victim)
+    n_lost_uses = table.recent_uses(layer, victim) if victim != EMPTY else 0.0
+    n_more_uses = table.recent_uses(layer, best) - n_lost_uses
     saved_s_per_byte = n_more_uses * (costs.host_s_per_byte - costs.slot_s_per_byte)
     return best if saved_s_per_byte > costs.read_s_per_byte else None

@@ -318,9 +318,14 @@ def _settled_device(device: str, n_gpu_layers: int | None) -> str:
         return device
     is_cpu = n_gpu_layers == 0
     if device != DEVICE_AUTO and (device == DEVICE_CPU) != is_cpu:
-        raise OptionError(
-            f"-ngl {n_gpu_layers} contradicts --device {device}: leave one of them out"
-        )
+        context = click.get_current_context()
+        typed = [name for name in ("device", "n_gpu_layers") if is_on_command_line(context, name)]
+        if typed == ["device"]:  # it beats the twin of the other
+            return device
+        if typed != ["n_gpu_layers"]:
+            n_layers = "all" if n_gpu_layers < 0 else n_gpu_layers
+            raise OptionError(f"-ngl {n_layers} contradicts --device {device}: leave one out")
+        device = DEVICE_AUTO
     if is_cpu:
         return DEVICE_CPU
     return DEVICE_GPU if device == DEVICE_AUTO else device

@@ -8,7 +8,7 @@ from runner.config import DEFAULT_FIT_MARGIN_BYTES, DEVICE_AUTO, DEVICE_CPU
 from runner.terminal.cli_options import flag
 from runner.terminal.memory_size import MemorySize
 
-_ALL_LAYERS = ("auto", "all")
+_ALL = -1  # layers
 
 
 class _LayerCount(click.ParamType):  # type: ignore[type-arg]
@@ -20,8 +20,10 @@ class _LayerCount(click.ParamType):  # type: ignore[type-arg]
         self, value: Any, param: click.Parameter | None, ctx: click.Context | None
     ) -> int | None:
         """Raises click.BadParameter."""
-        if value in _ALL_LAYERS:
-            return -1
+        if value in ("auto", None):
+            return None
+        if value == "all":
+            return _ALL
         try:
             return int(value)
         except ValueError:
@@ -43,7 +45,7 @@ DEVICE_FLAGS = (
         default=DEVICE_AUTO,
     ),
     flag(
-        *("-ngl", "--gpu-layers", "n_gpu_layers"),
+        *("-ngl", "--gpu-layers", "--n-gpu-layers", "n_gpu_layers"),
         help="As in llama.cpp: 0 = CPU. Any other number means a GPU; how much of the experts is"
         " there, --moe-cache says.",
         type=_LayerCount(),

@@ -419,6 +419,7 @@ def test_device_and_layers_say_together_where_the_model_runs(
         (["--device", "gpu", "-ngl", "0"], "-ngl 0 contradicts --device gpu"),
         (["-ngl", "99", "--device", "cpu"], "-ngl 99 contradicts --device cpu"),
         (["--device", "CPU", "-ngl", "1"], "-ngl 1 contradicts --device cpu"),
+        (["--device", "cpu", "--n-gpu-layers", "all"], "-ngl all contradicts --device cpu"),
     ],
 )
 @pytest.mark.parametrize("command", [*COMMANDS, ["perplexity", str(DEMO), "-f", str(STORY)]])
@@ -427,7 +428,7 @@ def test_a_device_and_layers_that_contradict_are_one_message(
 ) -> None:
     done = buddyrun(*command, *arguments)
     assert (done.returncode, done.stdout) == (1, b"")
-    assert done.stderr.decode() == f"buddyrun: {words}: leave one of them out\n"
+    assert done.stderr.decode() == f"buddyrun: {words}: leave one out\n"
 
 
 @pytest.mark.parametrize(
@@ -456,7 +457,7 @@ def test_help_has_a_section_on_the_device_that_tells_the_defaults(command: str) 
     title = "Device and speed" if command == "bench" else "Device, context and speed"
     section = " ".join(text.split(f"\n{title}:\n")[1].split("\n\n")[0].split())
     for words in ("-dev, --device TEXT", "[env var: BUDDYRUN_DEVICE; default: auto]",
-                  "-ngl, --gpu-layers N", "0 = CPU", "--fit-margin SIZE",
+                  "-ngl, --gpu-layers, --n-gpu-layers N", "0 = CPU", "--fit-margin SIZE",
                   "default: 1024MiB"):  # fmt: skip
         assert words in section
 
@@ -560,3 +561,19 @@ def test_show_refuses_what_is_no_model(tmp_path: Path) -> None:
 def test_a_shell_can_complete(typed: str, number: str, expected: bytes) -> None:
     done = buddyrun(_BUDDYRUN_COMPLETE="bash_complete", COMP_WORDS=typed, COMP_CWORD=number)
     assert done.stdout == expected
+
+
+@pytest.mark.parametrize(
+    ("arguments", "twins", "device"),
+    [
+        (["-ngl", "0"], {"BUDDYRUN_DEVICE": "cuda0"}, "cpu"),
+        (["-ngl", "99"], {"BUDDYRUN_DEVICE": "cpu"}, "gpu"),
+        (["--device", "cpu"], {"BUDDYRUN_GPU_LAYERS": "99"}, "cpu"),
+        (["-ngl", "auto"], {}, "auto"),
+    ],
+)
+def test_a_flag_about_the_device_beats_the_twin_of_the_other(
+    arguments: list[str], twins: dict[str, str], device: str
+) -> None:
+    seen = engines_asked_for(["demo", "-p", "hi", *arguments], twins)
+    assert seen[0].device == device

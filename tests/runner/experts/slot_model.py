@@ -81,12 +81,13 @@ class LayerModel:
             if isclose(worth[self.resident[slot]], least, rel_tol=1e-9, abs_tol=1e-200)
         }
 
-    def least_used(self) -> set[int | None]:
-        """Any of these residents is the least used of those that may leave."""
-        leaving = [self.resident[slot] for slot in self.free() & self.resident.keys()]
-        least = min(map(self.count, leaving), default=0.0)
-        used_least = (e for e in leaving if isclose(self.count(e), least, rel_tol=1e-9))
-        return {*used_least} or {None}
+    def next_victims(self) -> set[int | None]:
+        """Any of these may leave at the next take; EMPTY = nobody, None = there is no slot."""
+        if not self.free():
+            return {None}
+        if self.n_slots == self.n_expert:  # each has a slot of its own
+            return {EMPTY}
+        return {self.resident.get(slot, EMPTY) for slot in self.next_slots()}
 
     def take(self, expert: int, slot: int) -> None:
         assert slot in self.next_slots(), f"slot {slot} is not the one to be taken"
@@ -241,7 +242,7 @@ class TableProgram:
         expert = self.n_done.total() % self.n_expert  # each in turn: asking for all takes too long
         assert table.is_filling(layer, expert) == (expert in model.filling.values())
         assert isclose(table.recent_uses(layer, expert), model.count(expert), rel_tol=1e-9)
-        assert table.least_used(layer) in model.least_used(), "another is used less"
+        assert table.next_victim(layer) in model.next_victims(), "another would leave"
 
     def _check_pins(self, layer: int) -> None:
         table, model = self.table, self.layers[layer]

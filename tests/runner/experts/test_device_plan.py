@@ -297,3 +297,24 @@ def test_there_is_no_smaller_plan_than_one_slot() -> None:
 
 def test_a_dense_model_has_no_smaller_plan() -> None:
     assert with_fewer_slots(plan(PLENTY, DENSE, DENSE_SIZES), DENSE_SIZES) is None
+
+
+def test_a_size_that_buys_no_slot_is_told_by_its_flag() -> None:
+    with pytest.raises(OptionError) as refused:
+        plan(PLENTY, config=with_cache(3 * SLOT))
+    text = str(refused.value)
+    assert (
+        text.startswith("--moe-cache") and "smaller -c" not in text and "--device cpu" not in text
+    )
+
+
+def test_a_dense_model_is_not_told_of_its_experts() -> None:
+    with pytest.raises(OptionError) as refused:
+        plan(1_000_000, DENSE, DENSE_SIZES)
+    assert "experts" not in str(refused.value)
+
+
+def test_a_dense_model_that_cuts_into_the_margin_is_told() -> None:
+    made = plan(PLENTY, DENSE, DENSE_SIZES)
+    tight = plan(made.other_bytes - 1, DENSE, DENSE_SIZES)
+    assert tight.left_bytes == -1 and "--fit-margin" in " ".join(tight.notes)

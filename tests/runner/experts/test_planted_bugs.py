@@ -156,7 +156,7 @@ class ServesTheNextLayer(ExpertRunner):
 # what catches them
 
 IN_USE = (
-    "can_take is wrong|can_load is wrong|not the one to be taken|still held|another is used less"
+    "can_take is wrong|can_load is wrong|not the one to be taken|still held|another would leave"
 )
 PINS = f"{IN_USE}|a pin was lost|is not resident"
 NOT_COMMITTED = "not what was committed|(a slot has|computed with) other bytes"

@@ -112,30 +112,29 @@ def test_recent_uses_begin_with_the_counts_of_earlier_runs() -> None:
     assert [table.recent_uses(0, expert) for expert in range(3)] == [5.0, 0.0, 2.0]
 
 
-def test_the_least_used_is_told_of_those_that_may_leave() -> None:
+def test_the_next_victim_is_who_leaves() -> None:
     table = SlotTable([4, 1], 6, "lru")
     slots = load(table, 0, 0, 1, 2, 3)
     use(table, 0, [0], [0], [0], [0], [1], [1], [1], [2], [2], [3])
-    assert table.least_used(0) == 3
-    table.pin(0, [3])
-    assert table.least_used(0) == 2
-    table.hold(0, np.array([slots[2]]))
-    assert table.least_used(0) == 1
-    table.release(0)
-    assert table.take(0, 5) == slots[0], "unused for longest, though it is used most"
-    assert table.least_used(0) == 2
-    table.hold_only(0, np.array([slots[1], slots[2]]))
-    assert table.least_used(0) is None, "pinned, in use or being filled"
+    assert table.next_victim(0) == 0, "unused for longest, though it is used most"
+    table.pin(0, [0])
+    assert table.next_victim(0) == 1
+    table.hold(0, np.array([slots[1]]))
+    assert table.next_victim(0) == 2
+    assert table.take(0, 5) == slots[2]
+    table.hold_only(0, np.array([slots[1], slots[3]]))
+    assert table.next_victim(0) is None, "pinned, in use or being filled"
 
 
-def test_without_residents_nobody_is_least_used() -> None:
-    table = SlotTable([3, 1], 4, "lfu")
+def test_nobody_leaves_an_empty_slot() -> None:
+    table = SlotTable([2, 4], 4, "lfu")
     use(table, 0, [0, 1])
-    assert table.least_used(0) is None
     load(table, 0, 2)
-    assert table.least_used(0) == 2 and table.least_used(1) is None
-    load(table, 1, 3)
-    assert table.least_used(1) == 3
+    assert table.next_victim(0) == EMPTY
+    load(table, 0, 3)
+    assert table.next_victim(0) == 2
+    load(table, 1, 0, 1)
+    assert table.next_victim(1) == EMPTY, "each expert has a slot of its own"
 
 
 def test_static_keeps_the_first_that_came_and_one_slot_for_all_others() -> None:

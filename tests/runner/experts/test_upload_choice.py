@@ -121,3 +121,18 @@ def test_uses_in_another_layer_say_nothing() -> None:
     table = table_of([9, 2, 7, 0], residents=[0, 1])
     table.record_use(1, np.full((1000, 1), 3, np.int32))
     assert choose(table, [2, 3], read=4.75) == 2
+
+
+def test_an_empty_slot_takes_whatever_pays_by_itself() -> None:
+    table = table_of([9, 2, 5, 0], residents=[0])
+    assert choose(table, [2], read=4.75) == 2, "5 uses, and nobody leaves"
+    assert choose(table, [2], read=5.0) is None
+
+
+def test_the_upload_is_weighed_against_the_expert_that_really_leaves() -> None:
+    table = table_of([9, 1, 5, 0], residents=[0, 1], policy="lru")
+    table.record_use(0, np.array([[0]], np.int32))
+    table.record_use(0, np.array([[1]], np.int32))  # so 0, used often, was used longest ago
+    assert choose(table, [2], read=0.0) is None
+    table.take(0, 2)
+    assert table.slot_of[0, 0] < 0 <= table.slot_of[0, 1], "0 would have left"
