@@ -24,6 +24,7 @@ from runner.device_state import BatchShape
 from runner.devices import choose_device
 from runner.engine_limits import choose_limits
 from runner.errors import CancelledError, OutOfMemoryError
+from runner.expert_counts import Grid
 from runner.experts.cache_plan import CachePlan, plan_cache
 from runner.experts.device_plan import plan_device, with_fewer_slots
 from runner.experts.expert_runner import ExpertRunner
@@ -123,7 +124,7 @@ class Engine:
         policy = self.buddies.policy
         self._budget = policy.budget if policy is not None else None
         self._stats = StatsRecorder(
-            model.n_layer, plan.n_slots, self.buddies.name, self.buddies.budget
+            model.n_layer, plan.n_slots, self.buddies.name, self.buddies.budget, model.n_expert
         )
         self._cache = loading.make_cache(backend, self.file, model, config.moe_cache_policy, plan)
         if self._cache is not None:
@@ -213,15 +214,18 @@ class Engine:
     def ggml_version(self) -> str:
         return self.backend.ggml.version_text
 
-    def snapshot(self) -> StatsSnapshot:
-        """The counters so far; from any thread."""
+    def snapshot(self, with_experts: bool = False) -> StatsSnapshot:
+        """The counters so far; from any thread. with_experts: those of every expert too."""
         if self._cache is None:
-            return self._stats.snapshot(self.n_past, self.n_ctx)
+            used: Grid | None = () if with_experts else None
+            return self._stats.snapshot(self.n_past, self.n_ctx, used=used)
         table = self._cache.table
         residency = tuple(
             tuple(row[:n].tolist()) for row, n in zip(table.expert_in, table.n_slots, strict=True)
         )
-        return self._stats.snapshot(self.n_past, self.n_ctx, residency, tuple(table.n_evicted))
+        used = tuple(map(tuple, table.n_uses.tolist())) if with_experts else None
+        n_evicted = tuple(table.n_evicted)
+        return self._stats.snapshot(self.n_past, self.n_ctx, residency, n_evicted, used)
 
     # generating
 

@@ -10,7 +10,7 @@ import json
 import sys
 from pathlib import Path
 
-from runner.client import Client
+from runner.engine_client import Client
 from runner.config import EngineConfig, GenerateRequest, SamplingConfig
 from runner.protocol import GenerateResult
 

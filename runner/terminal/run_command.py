@@ -21,7 +21,7 @@ from runner.terminal.status_line import StatusLine
 from runner.terminal.terminal_text import storable, visible
 
 if TYPE_CHECKING:
-    from runner.client import Client
+    from runner.engine_client import Client
     from runner.show import ReportedDevice
     from runner.terminal.chat_input import Reader
     from runner.terminal.history import LineHistory
@@ -74,7 +74,7 @@ def _reported_device(name: str) -> "ReportedDevice | None":
 
     Raises OptionError.
     """
-    from runner.client import Client
+    from runner.engine_client import Client
     from runner.protocol import DoctorFields
     from runner.show import ReportedDevice
 
@@ -98,7 +98,7 @@ def loaded_model(
 ) -> Iterator[tuple["Client", ModelInfo]]:
     """A client with the model loaded; the worker ends with the block."""
     from runner.chat import progress
-    from runner.client import Client
+    from runner.engine_client import Client
 
     with Client.start() as client:
         try:

@@ -36,7 +36,7 @@ HEAVY = ("llama_cpp", "quant.ggml", "torch", "numpy", "textual", "gguf")
 
 
 class ScriptedClient:
-    """Stands in for `runner.client.Client`."""
+    """Stands in for `runner.engine_client.Client`."""
 
     log = "the last words of the engine"
 

@@ -11,7 +11,7 @@ import pytest
 
 from runner import client
 from runner.cli import main
-from runner.client import Client
+from runner.engine_client import Client
 from tests.paths import DEMO
 
 # What would let others stand in wherever anything is missing, if nobody said --exact.

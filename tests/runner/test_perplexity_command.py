@@ -14,7 +14,7 @@ from unittest import mock
 
 import pytest
 
-from runner.client import Client
+from runner.engine_client import Client
 from runner.config import EngineConfig
 from runner.errors import CancelledError, GGUFError, ModelError, OptionError
 from runner.protocol import NamedText, PerplexityFields

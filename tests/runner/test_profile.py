@@ -16,7 +16,7 @@ from gguf import GGMLQuantizationType as T
 
 from quant.gguf_file import GGUFFile
 from runner.buddies import BuddyTable, model_hash
-from runner.client import Client
+from runner.engine_client import Client
 from runner.config import EngineConfig
 from runner.engine import Engine
 from runner.errors import CancelledError, OptionError, ProfileError, WorkerDiedError

@@ -21,7 +21,7 @@ import numpy as np
 import pytest
 
 from quant.gguf_file import GGUFFile
-from runner.client import Client
+from runner.engine_client import Client
 from runner.config import MOE_CACHE_OFF, EngineConfig, GenerateRequest, SamplingConfig
 from runner.engine import Engine
 from runner.errors import BuddyrunError, GGUFError, ModelError, WorkerDiedError

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from runner.client import Client
+from runner.engine_client import Client
 from runner.config import EngineConfig, GenerateRequest
 from runner.errors import (
     BackendError,
