@@ -154,5 +154,5 @@ class ScriptedClient:
 
 
 if __name__ == "__main__":
-    client.Client = ScriptedClient  # type: ignore[misc, assignment]
+    engine_client.Client = ScriptedClient  # type: ignore[misc, assignment]
     sys.exit(main())
