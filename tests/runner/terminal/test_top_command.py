@@ -62,18 +62,7 @@ def top(*arguments: str, place: Path) -> subprocess.CompletedProcess[bytes]:
 def test_ps_lists_what_runs(chat: subprocess.Popen[bytes], place: Path) -> None:
     done = buddyrun("ps", XDG_RUNTIME_DIR=str(place))
     header, row = done.stdout.decode().splitlines()
-    assert header.split() == [
-        "PID",
-        "MODEL",
-        "SIZE",
-        "DEVICE",
-        "DOING",
-        "CONTEXT",
-        "SLOTS",
-        "HIT",
-        "BUDDY",
-        "T/S",
-    ]
+    assert tuple(header.split()) == PS_HEADER
     assert row.startswith(str(chat.pid)) and "Buddy Demo 29M MoE" in row and "32/64" in row
     (values,) = json.loads(buddyrun("ps", "--json", XDG_RUNTIME_DIR=str(place)).stdout)
     assert values["owner_pid"] == chat.pid and values["stats"]["n_tokens_generated"] >= 39
