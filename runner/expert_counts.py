@@ -6,14 +6,16 @@ Knows neither cache nor policy: it is told which experts a router chose and who 
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 if TYPE_CHECKING:  # the terminal reads counts, and needs no numpy for that
     from runner.miss_policy import RoutingPlan
 
 N_BUDDIES = 3  # of each missing expert, the most frequent: what a snapshot names
 _DROPPED = -1
+_FEW = 16
 
+Item = TypeVar("Item")
 Grid = tuple[tuple[int, ...], ...]  # (n_layer, n_expert)
 
 
@@ -21,7 +23,7 @@ Grid = tuple[tuple[int, ...], ...]  # (n_layer, n_expert)
 class ExpertCounts:
     """Counts since the model was loaded, (n_layer, n_expert); all layers with experts."""
 
-    used: Grid  # pairs that the router chose the expert for; () where nobody counts them
+    used: Grid  # pairs that the router chose the expert for
     missed: Grid  # of these, pairs that it did not compute from a slot it was in already
     substituted: Grid  # of these, pairs that another expert computed, or none
     stood_in: Grid  # pairs that it computed for another
@@ -35,6 +37,7 @@ class ExpertCounter:
     """Counts; one thread at a time writes and reads."""
 
     def __init__(self, n_layer: int, n_expert: int) -> None:
+        self._used = _zeros(n_layer, n_expert)
         self._missed = _zeros(n_layer, n_expert)
         self._substituted = _zeros(n_layer, n_expert)
         self._stood_in = _zeros(n_layer, n_expert)
@@ -45,15 +48,15 @@ class ExpertCounter:
 
     def record_plan(self, layer: int, plan: "RoutingPlan") -> None:
         """Count a layer's pairs, those of a finished batch."""
+        used = self._used[layer]
         if plan.chosen is None:  # every pair was a hit
+            for expert, n in _counted(plan.experts.ravel().tolist()):
+                used[expert] += n
             return
         pairs = zip(plan.chosen.ravel().tolist(), plan.experts.ravel().tolist(), strict=True)
         missing = {*plan.loads, *plan.on_host}
-        # A Counter's making costs more than the two pairs of one token.
-        counts: Iterable[tuple[tuple[int, int], int]] = (
-            ((pair, 1) for pair in pairs) if len(plan.chosen) == 1 else Counter(pairs).items()
-        )
-        for (expert, by), n in counts:
+        for (expert, by), n in _counted(list(pairs)):
+            used[expert] += n
             if by != expert:
                 self._record_standin(layer, expert, by, n)
             elif expert in missing:
@@ -63,15 +66,15 @@ class ExpertCounter:
         """Count a read of an expert into a slot."""
         self._loaded[layer][expert] += 1
 
-    def counts(self, used: Grid = ()) -> ExpertCounts:
-        """What was counted so far, beside what somebody else counted."""
+    def counts(self) -> ExpertCounts:
+        """What was counted so far."""
         for cell in self._changed:
             self._named[cell] = tuple(
                 (*cell, by, n) for by, n in self._standins[cell].most_common(N_BUDDIES)
             )
         self._changed.clear()
         return ExpertCounts(
-            used=used,
+            used=_frozen(self._used),
             missed=_frozen(self._missed),
             substituted=_frozen(self._substituted),
             stood_in=_frozen(self._stood_in),
@@ -90,6 +93,13 @@ class ExpertCounter:
             standins = self._standins[cell] = Counter()
         standins[by] += n
         self._changed.add(cell)
+
+
+def _counted(items: list[Item]) -> Iterable[tuple[Item, int]]:
+    """Each item and how often it is there; one may come twice."""
+    if len(items) > _FEW:
+        return Counter(items).items()
+    return [(item, 1) for item in items]  # a Counter costs more than a token's pairs
 
 
 def _zeros(n_layer: int, n_expert: int) -> list[list[int]]:
