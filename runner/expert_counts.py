@@ -4,18 +4,15 @@ Knows neither cache nor policy: it is told which experts a router chose and who 
 """
 
 from collections import Counter
-from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:  # the terminal reads counts, and needs no numpy for that
     from runner.miss_policy import RoutingPlan
 
 N_BUDDIES = 3  # of each missing expert, the most frequent: what a snapshot names
 _DROPPED = -1
-_FEW = 16
 
-Item = TypeVar("Item")
 Grid = tuple[tuple[int, ...], ...]  # (n_layer, n_expert)
 
 
@@ -48,19 +45,34 @@ class ExpertCounter:
 
     def record_plan(self, layer: int, plan: "RoutingPlan") -> None:
         """Count a layer's pairs, those of a finished batch."""
-        used = self._used[layer]
-        if plan.chosen is None:  # every pair was a hit
-            for expert, n in _counted(plan.experts.ravel().tolist()):
-                used[expert] += n
+        if len(plan.experts) == 1:
+            self._record_token(layer, plan)
             return
-        pairs = zip(plan.chosen.ravel().tolist(), plan.experts.ravel().tolist(), strict=True)
+        chosen = plan.experts if plan.chosen is None else plan.chosen
+        pairs = zip(chosen.ravel().tolist(), plan.experts.ravel().tolist(), strict=True)
         missing = {*plan.loads, *plan.on_host}
-        for (expert, by), n in _counted(list(pairs)):
-            used[expert] += n
+        for (expert, by), n in Counter(pairs).items():
+            self._used[layer][expert] += n
             if by != expert:
                 self._record_standin(layer, expert, by, n)
             elif expert in missing:
                 self._missed[layer][expert] += n
+
+    def _record_token(self, layer: int, plan: "RoutingPlan") -> None:
+        """The same, without what only many pairs are worth: every token of an answer passes."""
+        used, experts = self._used[layer], plan.experts[0].tolist()
+        chosen = experts
+        if plan.chosen is not None and plan.chosen is not plan.experts:
+            chosen = plan.chosen[0].tolist()
+        for expert in chosen:
+            used[expert] += 1
+        if plan.chosen is None:  # every pair was a hit
+            return
+        for rank, expert in enumerate(chosen):
+            if experts[rank] != expert:
+                self._record_standin(layer, expert, experts[rank], 1)
+            elif expert in plan.loads or expert in plan.on_host:
+                self._missed[layer][expert] += 1
 
     def record_load(self, layer: int, expert: int) -> None:
         """Count a read of an expert into a slot."""
@@ -93,13 +105,6 @@ class ExpertCounter:
             standins = self._standins[cell] = Counter()
         standins[by] += n
         self._changed.add(cell)
-
-
-def _counted(items: list[Item]) -> Iterable[tuple[Item, int]]:
-    """Each item and how often it is there; one may come twice."""
-    if len(items) > _FEW:
-        return Counter(items).items()
-    return [(item, 1) for item in items]  # a Counter costs more than a token's pairs
 
 
 def _zeros(n_layer: int, n_expert: int) -> list[list[int]]:
