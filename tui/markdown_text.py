@@ -10,10 +10,11 @@ from enum import Enum
 
 from markdown_it import MarkdownIt
 from markdown_it.token import Token
-from rich.console import Console
-from rich.markdown import Markdown
+from rich.console import Console, ConsoleOptions, RenderResult
+from rich.markdown import CodeBlock, Markdown
 from rich.segment import Segment
 from rich.style import Style
+from rich.syntax import Syntax
 from rich.text import Text
 from rich.theme import Theme
 from textual.strip import Strip
@@ -86,7 +87,7 @@ class TextLayout:
         ]
 
     def _markdown(self, text: str, width: int) -> list[Strip]:
-        markdown = Markdown(
+        markdown = _Markdown(
             "", code_theme="monokai" if self._look.is_dark else "default", hyperlinks=False
         )
         markdown.parsed = self._parsed(text)
@@ -102,7 +103,11 @@ class TextLayout:
         try:
             tokens = self._parser.parse(text)
         except (LookupError, RecursionError, ValueError):
-            tokens = [Token("paragraph_open", "p", 1), _inline(text), Token("paragraph_close", "p", -1)]
+            tokens = [
+                Token("paragraph_open", "p", 1),
+                _inline(text),
+                Token("paragraph_close", "p", -1),
+            ]
         for token in tokens:
             _clean(token)
         return tokens
@@ -116,6 +121,25 @@ class TextLayout:
         if not self._look.is_ascii:
             return line
         return [Segment(text.translate(_ASCII), style, control) for text, style, control in line]
+
+
+class _Code(CodeBlock):
+    """Without empty lines around it: a long block comes in several parts."""
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        yield Syntax(
+            str(self.text).rstrip("\n"),
+            self.lexer_name,
+            theme=self.theme,
+            word_wrap=True,
+            padding=(0, 1),
+        )
+
+
+class _Markdown(Markdown):
+    """Parsed by us."""
+
+    elements = {**Markdown.elements, "fence": _Code, "code_block": _Code}  # noqa: RUF012
 
 
 def _inline(text: str) -> Token:

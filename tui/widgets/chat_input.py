@@ -6,9 +6,10 @@ Enter sends; Alt-Enter, Ctrl-J and a trailing backslash break the line, and so d
 
 import os
 from dataclasses import dataclass
+from typing import ClassVar
 
 from textual import events
-from textual.binding import Binding
+from textual.binding import Binding, BindingType
 from textual.message import Message
 from textual.widgets import TextArea
 
@@ -20,7 +21,7 @@ _NEWLINE_KEYS = ("ctrl+j", "alt+enter", "shift+enter", "newline")
 class ChatInput(TextArea):
     """One message, edited over one or several lines."""
 
-    BINDINGS = [
+    BINDINGS: ClassVar[list[BindingType]] = [
         Binding("ctrl+d", "delete_or_leave", "Leave", show=False),
         Binding("ctrl+c", "clear_or_interrupt", "Clear", show=False),
         Binding("ctrl+z", "app.suspend_process", "Suspend", show=False),
@@ -108,14 +109,14 @@ class ChatInput(TextArea):
 
     def action_cursor_up(self, select: bool = False) -> None:
         """Up, and above the first line to the line before."""
-        if select or not self.cursor_at_first_line:
+        if select or not self.navigator.is_first_wrapped_line(self.cursor_location):
             super().action_cursor_up(select)
         elif self._n_back < len(self._lines):
             self._recall(self._n_back + 1)
 
     def action_cursor_down(self, select: bool = False) -> None:
         """Down, and below the last line to the line after."""
-        if select or not self.cursor_at_last_line:
+        if select or not self.navigator.is_last_wrapped_line(self.cursor_location):
             super().action_cursor_down(select)
         elif self._n_back:
             self._recall(self._n_back - 1)
@@ -152,7 +153,7 @@ class ChatInput(TextArea):
         n_replaced, words = complete(before)
         if not words:
             return
-        common = os.path.commonprefix(words)
+        common = os.path.commonprefix(words)  # noqa: RUF071 (words, not paths)
         if len(words) == 1 or len(common) > n_replaced:
             self.replace(visible(common), (row, column - n_replaced), (row, column))
         settled = len(words) == 1

@@ -6,12 +6,12 @@ Follows the end unless the person scrolled up. Knows no chat: it is told what to
 import time
 from bisect import bisect_right
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, ClassVar
 
 from rich.segment import Segment
 from rich.style import Style
 from textual import events
-from textual.binding import Binding
+from textual.binding import Binding, BindingType
 from textual.cache import LRUCache
 from textual.color import Color, ColorParseError
 from textual.geometry import Size
@@ -43,7 +43,7 @@ class ConversationLog(ScrollView, can_focus=True):
     """Shows what was said; scrolls."""
 
     ALLOW_SELECT = True
-    BINDINGS = [
+    BINDINGS: ClassVar[list[BindingType]] = [
         Binding("up", "scroll_up", "Up", show=False),
         Binding("down", "scroll_down", "Down", show=False),
         Binding("pageup", "page_up", "Page up", show=False),
@@ -107,6 +107,11 @@ class ConversationLog(ScrollView, can_focus=True):
         """Go to the end and stay there."""
         self._follows = True
         self.scroll_end(animate=False, immediate=True)
+
+    def turn_page(self, n_pages: int) -> None:
+        """Go up (-1) or down (1) by what is in sight."""
+        n_lines = max(self.size.height - 1, 1)
+        self.scroll_relative(y=n_pages * n_lines, animate=False, immediate=True)
 
     def _gap_of(self, has_gap: bool, kind: Kind) -> bool:
         is_first = not self._parts or self._parts[-1].kind is not kind
@@ -172,7 +177,7 @@ class ConversationLog(ScrollView, can_focus=True):
 
     def on_mount(self) -> None:
         """Take the colours of the theme, now and whenever it changes."""
-        super().on_mount()
+        super().on_mount()  # type: ignore[no-untyped-call]
         self.app.theme_changed_signal.subscribe(self, lambda _: self._take_look())
         self._take_look()
 
