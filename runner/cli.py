@@ -8,7 +8,7 @@ import os
 import signal
 import sys
 from types import FrameType
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import click
 
@@ -23,12 +23,15 @@ from runner.terminal.perplexity_options import PERPLEXITY_FLAGS
 from runner.terminal.profile_options import PROFILE_FLAGS
 from runner.terminal.terminal_text import visible
 
+if TYPE_CHECKING:
+    from runner.screens import Screens
+
 NAME = "buddyrun"
 EXIT_PROBLEM, EXIT_INTERRUPTED, EXIT_BROKEN_PIPE = 1, 130, 141
 _COMPLETE_VARIABLE = "_BUDDYRUN_COMPLETE"
 
 
-def main(arguments: list[str] | None = None) -> int:
+def main(arguments: list[str] | None = None, screens: "Screens | None" = None) -> int:
     """Run the command line; returns the exit code and never shows a traceback unasked."""
     arguments = sys.argv[1:] if arguments is None else arguments
     prepare_streams()
@@ -36,7 +39,7 @@ def main(arguments: list[str] | None = None) -> int:
     if hasattr(signal, "SIGHUP"):
         signal.signal(signal.SIGHUP, _leave)
     try:
-        status = _run(arguments)
+        status = _run(arguments, screens)
         sys.stdout.flush()
         return status
     except BrokenPipeError:
@@ -53,14 +56,14 @@ def main(arguments: list[str] | None = None) -> int:
         return _complain_of_bug(error, arguments)
 
 
-def _run(arguments: list[str]) -> int:
+def _run(arguments: list[str], screens: "Screens | None") -> int:
     instruction = os.environ.get(_COMPLETE_VARIABLE)
     if instruction:
         from click.shell_completion import shell_complete
 
         return shell_complete(commands, {}, NAME, _COMPLETE_VARIABLE, instruction)
     try:
-        with commands.make_context(NAME, list(arguments)) as context:
+        with commands.make_context(NAME, list(arguments), obj=screens) as context:
             commands.invoke(context)
     except click.exceptions.Exit as leave:
         return leave.exit_code
@@ -140,16 +143,17 @@ def _run_command(**params: Any) -> None:
         params["model"] = words.pop(0)
     if not params["model"]:
         raise click.UsageError("Missing MODEL, the path of a GGUF file.", context)
-    run_model(params, words, os.environ, sorted(commands.commands))
+    run_model(params, words, os.environ, sorted(commands.commands), context.find_root().obj)
 
 
 def _demo_command(**params: Any) -> None:
     from runner.terminal.model_path import demo_model
     from runner.terminal.run_command import run_model
 
-    params |= options.settled_rivals(click.get_current_context())
+    context = click.get_current_context()
+    params |= options.settled_rivals(context)
     params["model"] = str(demo_model())
-    run_model(params, list(params["words"]), os.environ, [])
+    run_model(params, list(params["words"]), os.environ, [], context.find_root().obj)
 
 
 def _show_command(**params: Any) -> None:

@@ -6,7 +6,7 @@ Follows the end unless the person scrolled up. Knows no chat: it is told what to
 import time
 from bisect import bisect_right
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar
+from typing import ClassVar
 
 from rich.segment import Segment
 from rich.style import Style
@@ -186,7 +186,9 @@ class ConversationLog(ScrollView, can_focus=True):
         self._lay_out_again()
 
     def _take_look(self) -> None:
-        self._layout = TextLayout(_look_of(self.app.theme_variables, self.app, self._is_ascii))
+        self._layout = TextLayout(
+            _look_of(self.app.theme_variables, self.app.current_theme.dark, self._is_ascii)
+        )
         self._parts = [replace(part, width=0) for part in self._parts]
         self._lay_out_again()
 
@@ -269,13 +271,13 @@ class ConversationLog(ScrollView, can_focus=True):
         self.refresh()
 
 
-def _look_of(colors: dict[str, str], app: Any, is_ascii: bool) -> Look:
+def _look_of(colors: dict[str, str], is_dark: bool, is_ascii: bool) -> Look:
     return Look(
-        question=_rich(colors.get("primary", "")),
-        code=_rich(colors.get("secondary" if not app.current_theme.dark else "accent", "")),
-        heading=_rich(colors.get("primary", "")),
-        warning=_rich(colors.get("warning", "")),
-        is_dark=app.current_theme.dark,
+        question=_rich(colors.get("text-primary", "")),
+        code=_rich(colors.get("text-accent", "")),
+        heading=_rich(colors.get("text-primary", "")),
+        warning=_rich(colors.get("text-warning", "")),
+        is_dark=is_dark,
         is_ascii=is_ascii,
     )
 
