@@ -31,6 +31,7 @@ class PartSplitter:
     def __init__(self) -> None:
         self._lines: list[str] = []  # of the open part, complete
         self._n_chars = 0  # of these lines
+        self._n_again = 0  # of these lines, those that the part before had already
         self._rest = ""  # the line that is not complete
         self._fence = ""  # what closes the open code block
         self._is_blank = False  # the last line was empty, in a list item
@@ -46,18 +47,22 @@ class PartSplitter:
         *lines, self._rest = (self._rest + text).split("\n")
         for line in lines:
             self._take(line)
-        self._cut_rest()
+        self._rest = self._without_overlong_begin(self._rest)
         finished, self._finished = self._finished, []
         return finished
 
     @property
-    def open_part(self) -> MarkdownPart | None:
-        """What is there of the part that is not finished."""
-        lines = [*self._lines, self._rest] if self._rest else self._lines
-        if not any(line.strip() for line in lines):
-            return None
-        is_list = self._is_list if self._lines else bool(_ITEM.match(self._rest))
-        return MarkdownPart("\n".join(lines), self._has_gap(is_list))
+    def open_parts(self) -> list[MarkdownPart]:
+        """What is there of the text that is not finished, at most two parts."""
+        is_apart = bool(self._rest.strip()) and not self._fence and self._begins_part(self._rest)
+        lines = [*self._lines, self._rest] if self._rest and not is_apart else self._lines
+        is_list = self._is_list if self._lines else _is_item(self._rest)
+        parts = []
+        if any(line.strip() for line in lines):
+            parts.append(MarkdownPart("\n".join(lines).rstrip("\n"), self._has_gap(is_list)))
+        if is_apart:
+            parts.append(MarkdownPart(self._rest, not (is_list and _is_item(self._rest))))
+        return parts
 
     def _take(self, line: str) -> None:
         """Add a complete line to the open part or to a new one."""
@@ -80,8 +85,8 @@ class PartSplitter:
             self._finish()
 
     def _begin(self, line: str) -> None:
-        item = None if _RULE.match(line) else _ITEM.match(line)
-        self._is_list = item is not None
+        item = _ITEM.match(line)
+        self._is_list = _is_item(line)
         self._indent = item.end() if item else 0
 
     def _take_blank(self, line: str) -> None:
@@ -109,26 +114,19 @@ class PartSplitter:
                 self._finish()
 
     def _add(self, line: str) -> None:
-        if self._lines and self._n_chars + len(line) > MAX_PART:
-            self._cut()
-        while len(line) > MAX_PART:
-            end = _cut_at(line)
-            self._lines.append(line[:end])
-            self._cut()
-            line = line[end:]
+        line = self._without_overlong_begin(line)
         self._lines.append(line)
         self._n_chars += len(line) + 1
 
-    def _cut_rest(self) -> None:
-        """Cut a line that is too long before it is complete."""
-        while self._n_chars + len(self._rest) > MAX_PART:
-            if self._lines:
-                self._cut()
-                continue
-            end = _cut_at(self._rest)
-            self._lines.append(self._rest[:end])
-            self._rest = self._rest[end:]
+    def _without_overlong_begin(self, line: str) -> str:
+        """Cut until `line` fits into the open part; what is left of it."""
+        while self._n_chars + len(line) > MAX_PART:
+            if len(self._lines) == self._n_again:
+                end = _cut_at(line, MAX_PART - self._n_chars)
+                self._lines.append(line[:end])
+                line = line[end:]
             self._cut()
+        return line
 
     def _cut(self) -> None:
         """Finish the open part and begin one that goes on with it."""
@@ -138,7 +136,7 @@ class PartSplitter:
             self._lines.append(fence)
         self._finish()
         self._fence, self._is_list, self._is_continued = fence, is_list, True
-        self._lines = again
+        self._lines, self._n_again = again, len(again)
         self._n_chars = sum(len(line) + 1 for line in again)
 
     def _lines_again(self) -> list[str]:
@@ -157,7 +155,7 @@ class PartSplitter:
             self._is_first = False
             self._was_list = self._is_list
         self._lines = []
-        self._n_chars = 0
+        self._n_chars = self._n_again = 0
         self._fence = ""
         self._is_blank = self._is_list = self._is_continued = False
 
@@ -165,7 +163,11 @@ class PartSplitter:
         return not (self._is_first or self._is_continued or (is_list and self._was_list))
 
 
-def _cut_at(line: str) -> int:
-    """Where to cut a line that is too long: behind a space, if there is one to be found."""
-    space = line.rfind(" ", MAX_PART // 2, MAX_PART)
-    return MAX_PART if space < 0 else space + 1
+def _is_item(line: str) -> bool:
+    return _ITEM.match(line) is not None and not _RULE.match(line)
+
+
+def _cut_at(line: str, n_chars: int) -> int:
+    """Where to cut a line after at most `n_chars`: behind a space, if there is one to be found."""
+    space = line.rfind(" ", n_chars // 2, n_chars)
+    return n_chars if space < 0 else space + 1

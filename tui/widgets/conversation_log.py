@@ -89,13 +89,14 @@ class ConversationLog(ScrollView, can_focus=True):
             self._n_settled = len(self._parts)
         kind = Kind.THINKING if is_thinking else Kind.ANSWER
         finished = self._splitter.push(text)
-        shown = self._splitter.open_part
+        shown = self._splitter.open_parts
         self._forget(self._n_settled)
-        for part in finished:
+        for number, part in enumerate([*finished, *shown]):
+            if number == len(finished):
+                self._n_settled = len(self._parts)
             self._append(_Part(part.text, kind, self._gap_of(part.has_gap, kind)))
-        self._n_settled = len(self._parts)
-        if shown is not None:
-            self._append(_Part(shown.text, kind, self._gap_of(shown.has_gap, kind)))
+        if not shown:
+            self._n_settled = len(self._parts)
         self._show()
 
     def end_answer(self) -> None:
