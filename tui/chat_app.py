@@ -69,13 +69,13 @@ class ChatScreen(Screen[None]):
         super().__init__()
         self._request = request
         self.pane = ChatPane(request.history.load(), request.is_ascii, id="chat")
+        self.monitor = Monitor(request.client, request.is_ascii, id="monitor")
 
     def compose(self) -> ComposeResult:
         """Chat left, monitor right, keys below."""
-        request = self._request
         with Container(id="both"):
             yield self.pane
-            yield Monitor(request.client, request.is_ascii, id="monitor")
+            yield self.monitor
         yield Footer()
 
     def on_mount(self) -> None:
@@ -163,7 +163,7 @@ class ChatApp(App[None]):
     @property
     def monitor(self) -> Monitor:
         """The engine's part of the screen."""
-        return self._chat_screen.query_one(Monitor)
+        return self._chat_screen.monitor
 
     def on_mount(self) -> None:
         """Begin to chat once there is a screen for it."""
@@ -271,8 +271,15 @@ class ChatApp(App[None]):
 
     def on_chat_app_frame_came(self, message: FrameCame) -> None:
         """Show it."""
-        self.monitor.show(message.frame)
+        if self._has_monitor:
+            self.monitor.show(message.frame)
 
     def on_chat_app_engine_ended(self, message: EngineEnded) -> None:
         """Say so."""
-        self.monitor.show_ended(message.reason)
+        if self._has_monitor:
+            self.monitor.show_ended(message.reason)
+
+    @property
+    def _has_monitor(self) -> bool:
+        """Whether it is on the screen: a frame may come late, when that is being closed."""
+        return self.monitor.is_attached and self.monitor.is_mounted

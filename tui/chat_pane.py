@@ -29,8 +29,9 @@ from tui.widgets.chat_input import ChatInput
 from tui.widgets.conversation_log import ConversationLog
 
 _INTERVAL_S = 0.05
-_SHARE = 4  # the time for the screen, in parts of which one may lay out
-_N_CHARS = 2000  # of an answer, in one change of the screen
+_BUDGET_S = 0.015  # for laying out what is new, in one change of the screen
+_N_CHARS = 500  # of an answer, between two looks at the clock
+_SHARE = 3  # a change of the screen waits three times as long as the one before took
 _HINT_S = 3.0
 BUSY = "An answer is being made: Esc stops it."
 
@@ -114,6 +115,7 @@ class ChatPane(Vertical):
         """Show a message of the person and wait for what the chat makes of it."""
         self.is_waiting = False
         self.log_view.add(text, Kind.QUESTION)
+        self.log_view.show_open()
         self.log_view.follow()
 
     def hint(self, text: str) -> None:
@@ -140,9 +142,10 @@ class ChatPane(Vertical):
     def _update(self) -> None:
         self._has_timer = False
         began_s = time.perf_counter()
-        with self.app.batch_update():
+        while not self.feed.is_empty and time.perf_counter() < began_s + _BUDGET_S:
             for saying in self.feed.take(_N_CHARS):
                 self._show(saying)
+        self.log_view.show_open()
         took_s = time.perf_counter() - began_s
         self._next_s = began_s + max(_INTERVAL_S, _SHARE * took_s)
         if not self.feed.is_empty:

@@ -73,11 +73,12 @@ class TextLayout:
             Kind.FIGURES: ("", "", Style(dim=True)),
         }
 
-    def lines(self, text: str, kind: Kind, width: int) -> list[Strip]:
-        """The lines of a text, each at most `width` cells wide."""
+    def lines(self, text: str, kind: Kind, width: int, is_open: bool = False) -> list[Strip]:
+        """The lines of a text, each at most `width` cells wide. Where the text is still growing
+        code has no colours yet: they take the most time."""
         width = max(width, _MIN_WIDTH)
         if kind is Kind.ANSWER:
-            return self._markdown(text, width)
+            return self._markdown(text, width, is_open)
         first, others, style = self._plain[kind]
         lines = self._wrapped(Text(text), width - len(first))
         marks = [first, *[others] * (len(lines) - 1)]
@@ -86,11 +87,14 @@ class TextLayout:
             for mark, line in zip(marks, lines, strict=True)
         ]
 
-    def _markdown(self, text: str, width: int) -> list[Strip]:
+    def _markdown(self, text: str, width: int, is_open: bool) -> list[Strip]:
         markdown = _Markdown(
             "", code_theme="monokai" if self._look.is_dark else "default", hyperlinks=False
         )
         markdown.parsed = self._parsed(text)
+        if is_open:
+            for token in markdown.parsed:
+                token.info = ""
         options = self._console.options.update_width(width)
         try:
             lines = self._console.render_lines(markdown, options, pad=False)

@@ -50,7 +50,9 @@ def test_items_of_a_list_are_parts_without_a_gap_and_keep_what_is_nested() -> No
 def test_a_code_block_is_one_part_whatever_is_in_it() -> None:
     code = "```python\n# no heading\n\n- no item\n~~~\n```"
     assert texts(f"Look:\n{code}\nEnd") == ["Look:", code, "End"]
-    assert texts(f"- item\n  ```\n  a\n\n# b\n  ```\n- next")[0] == "- item\n  ```\n  a\n\n# b\n  ```"
+    assert (
+        texts(f"- item\n  ```\n  a\n\n# b\n  ```\n- next")[0] == "- item\n  ```\n  a\n\n# b\n  ```"
+    )
 
 
 def test_a_rule_is_no_list() -> None:

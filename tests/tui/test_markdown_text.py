@@ -9,7 +9,9 @@ from tui.markdown_text import Kind, Look, TextLayout
 
 LOOK = Look("#57a5e2", "#ffc473", "#57a5e2", "#ffc473", is_dark=True, is_ascii=False)
 LAYOUT = TextLayout(LOOK)
-MARKS = st.text(alphabet="ab \n\t*_`~#>-+.1[]()!|&;<>\\:/\"'漢é\u0301\u200b\U0001f600", max_size=300)
+MARKS = st.text(
+    alphabet="ab \n\t*_`~#>-+.1[]()!|&;<>\\:/\"'漢é\u0301\u200b\U0001f600", max_size=300
+)
 
 
 def shown(text: str, kind: Kind = Kind.ANSWER, width: int = 60) -> list[str]:

@@ -20,7 +20,7 @@ from textual.selection import Selection
 from textual.strip import Strip
 from textual.timer import Timer
 
-from tui.answer_parts import MAX_PART, PartSplitter
+from tui.answer_parts import MAX_PART, MarkdownPart, PartSplitter
 from tui.markdown_text import Kind, Look, TextLayout
 
 _N_KEPT = 500  # parts whose lines are kept; others are laid out again when they are shown
@@ -72,35 +72,38 @@ class ConversationLog(ScrollView, can_focus=True):
         return "\n".join(part.text for part in self._parts)
 
     def add(self, text: str, kind: Kind) -> None:
-        """Add a text of its own."""
+        """Add a text of its own; `show_open` shows it."""
         self.end_answer()
         for begin in range(0, max(len(text), 1), MAX_PART):
             piece = text[begin : begin + MAX_PART]
             self._append(_Part(piece, kind, has_gap=begin == 0 and self._needs_gap(kind)))
         self._n_settled = len(self._parts)
-        self._show()
 
     def extend(self, text: str, is_thinking: bool) -> None:
-        """Add the next piece of an answer."""
+        """Take the next piece of an answer. What is not a finished part comes with `show_open`."""
         if self._splitter is None or is_thinking != self._is_thinking:
             self.end_answer()
             self._splitter = PartSplitter()
             self._is_thinking = is_thinking
-            self._n_settled = len(self._parts)
-        kind = Kind.THINKING if is_thinking else Kind.ANSWER
-        finished = self._splitter.push(text)
-        shown = self._splitter.open_parts
         self._forget(self._n_settled)
-        for number, part in enumerate([*finished, *shown]):
-            if number == len(finished):
-                self._n_settled = len(self._parts)
-            self._append(_Part(part.text, kind, self._gap_of(part.has_gap, kind)))
-        if not shown:
-            self._n_settled = len(self._parts)
+        for part in self._splitter.push(text):
+            self._append_piece(part)
+        self._n_settled = len(self._parts)
+
+    def show_open(self) -> None:
+        """Show everything that came, as far as it did."""
+        if self._splitter is not None:
+            self._forget(self._n_settled)
+            for part in self._splitter.open_parts:
+                self._append_piece(part, is_open=True)
         self._show()
 
     def end_answer(self) -> None:
         """The answer is over; what is added next is not part of it."""
+        if self._splitter is not None:
+            self._forget(self._n_settled)
+            for part in self._splitter.open_parts:
+                self._append_piece(part)
         self._splitter = None
         self._n_settled = len(self._parts)
 
@@ -114,6 +117,10 @@ class ConversationLog(ScrollView, can_focus=True):
         n_lines = max(self.size.height - 1, 1)
         self.scroll_relative(y=n_pages * n_lines, animate=False, immediate=True)
 
+    def _append_piece(self, piece: MarkdownPart, is_open: bool = False) -> None:
+        kind = Kind.THINKING if self._is_thinking else Kind.ANSWER
+        self._append(_Part(piece.text, kind, self._gap_of(piece.has_gap, kind)), is_open)
+
     def _gap_of(self, has_gap: bool, kind: Kind) -> bool:
         is_first = not self._parts or self._parts[-1].kind is not kind
         return has_gap or (is_first and self._needs_gap(kind))
@@ -123,11 +130,11 @@ class ConversationLog(ScrollView, can_focus=True):
 
     # What is where
 
-    def _append(self, part: _Part) -> None:
+    def _append(self, part: _Part, is_open: bool = False) -> None:
         index = len(self._parts)
         self._parts.append(part)
         self._starts.append(self._n_lines)
-        self._lay_out(index)
+        self._lay_out(index, is_open)
         self._n_lines += self._parts[index].height
 
     def _forget(self, n_kept: int) -> None:
@@ -139,12 +146,12 @@ class ConversationLog(ScrollView, can_focus=True):
             self._strips.discard(index)
         del self._parts[n_kept:], self._starts[n_kept:]
 
-    def _lay_out(self, index: int) -> list[Strip]:
+    def _lay_out(self, index: int, is_open: bool = False) -> list[Strip]:
         """The lines of a part for the width of now, kept for a while; its height is set."""
         part, width = self._parts[index], self._text_width
         if self._layout is None or not width:
             return []
-        strips = self._layout.lines(part.text, part.kind, width)
+        strips = self._layout.lines(part.text, part.kind, width, is_open)
         if part.has_gap:
             strips.insert(0, Strip([]))
         self._strips[index] = strips
