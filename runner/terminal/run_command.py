@@ -188,7 +188,7 @@ def _screen(
             f"--tui needs a terminal that can place text; TERM is {environment.get('TERM', '')!r}"
         )
     if screens is None:
-        raise OptionError("--tui needs the screens, which this program was started without")
+        raise OptionError("this way of starting buddyrun has no screens; leave --tui out")
     return screens.chat
 
 
