@@ -82,6 +82,8 @@ class ChatPane(Vertical):
         super().__init__(id=id)
         self.feed = ChatFeed(lambda: self.post_message(self.Wake()))
         self.is_waiting = False  # the chat wants a message
+        self._is_asked = False  # it has one to answer
+        self._sends_soon = False  # Enter was pressed before the chat was there
         self._history = history
         self._is_ascii = is_ascii
         self._next_s = 0.0  # when the screen may be changed again
@@ -113,7 +115,7 @@ class ChatPane(Vertical):
 
     def ask(self, text: str) -> None:
         """Show a message of the person and wait for what the chat makes of it."""
-        self.is_waiting = False
+        self.is_waiting, self._is_asked = False, True
         self.log_view.add(text, Kind.QUESTION)
         self.log_view.show_open()
         self.log_view.follow()
@@ -162,7 +164,9 @@ class ChatPane(Vertical):
             case StatusShown():
                 self.status_line.status = saying.text
             case Waiting():
-                self.is_waiting = True
+                self.is_waiting, self._is_asked = True, False
+                if self._sends_soon:
+                    self._send()
 
     # What the person does
 
@@ -170,13 +174,19 @@ class ChatPane(Vertical):
         """Give it to the chat if that waits."""
         message.stop()
         if self.is_waiting:
-            text = self.input.take()
-            self.ask(text)
-            self.post_message(self.Given(text))
+            self._send()
+        elif not self._is_asked:
+            self._sends_soon = True
         elif message.text.strip() in ("/bye", "/exit", "/quit"):
             self.post_message(self.LeaveAsked())
         else:
             self.hint(BUSY)
+
+    def _send(self) -> None:
+        self._sends_soon = False
+        text = self.input.take()
+        self.ask(text)
+        self.post_message(self.Given(text))
 
     def on_chat_input_interrupted(self, message: ChatInput.Interrupted) -> None:
         """Ctrl-C: stop the answer; without one ask, and leave at the second."""

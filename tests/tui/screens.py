@@ -7,7 +7,7 @@ from textual.pilot import Pilot
 
 from tui.chat_app import ChatApp
 
-_PATIENCE_S = 10.0
+_PATIENCE_S = 20.0
 
 
 def shown(app: ChatApp) -> str:

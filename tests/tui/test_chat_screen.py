@@ -43,6 +43,13 @@ async def test_the_first_message_is_shown_and_answered_at_once() -> None:
         assert "❯ Can you?" in shown(app_of(pilot))
 
 
+async def test_a_message_that_is_sent_before_the_chat_is_there_waits_for_it() -> None:
+    async with ChatApp(request(FakeClient([["Now."]]))).run_test(size=SIZE) as pilot:
+        assert not app_of(pilot).pane.is_waiting
+        await send(pilot, "early")
+        await until_shown(pilot, "Now.")
+
+
 async def test_escape_stops_an_answer_and_the_chat_goes_on() -> None:
     hold = Hold()
     client = FakeClient([["begun", hold, " never"], ["Second."]])
