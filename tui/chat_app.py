@@ -5,6 +5,7 @@ post messages. Nothing here knows what a command does.
 """
 
 import asyncio
+import gc
 import threading
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -177,6 +178,9 @@ class ChatApp(App[None]):
         if self._request.first_message:
             self.pane.ask(self._request.first_message)
         self._reader = ScreenReader(self._request.history, self.pane.feed)
+        # What is there now stays: to look for garbage in it takes 0.1 s, and keys would wait.
+        gc.collect()
+        gc.freeze()
         self._chat_thread.start()
         self._frames.start()
 
@@ -221,6 +225,7 @@ class ChatApp(App[None]):
 
     async def on_unmount(self) -> None:
         """However it ends, nobody goes on talking to this screen."""
+        gc.unfreeze()
         self._stop()
         if self._chat_thread.is_alive():
             await asyncio.to_thread(self._chat_thread.join, _JOIN_S)

@@ -1,4 +1,4 @@
-"""`python -m tests.tui.key_times KIND [TOKENS_PER_S]`: how long a key takes while an answer streams.
+"""`python -m tests.tui.key_times KIND [TOKENS_PER_S]`: how long a key takes while text streams in.
 
 An answer of 10,000 tokens of four characters comes at the given speed (1,500 a second; 0: as fast
 as it can) into a screen of 120 x 40, and a key is pressed twenty times a second. For each key the

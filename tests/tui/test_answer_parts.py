@@ -6,8 +6,11 @@ from tui.answer_parts import MAX_PART, MarkdownPart, PartSplitter
 
 LINES = st.lists(
     st.sampled_from(
-        ["", "text", "# head", "- item", "1. one", "  more", "    deep", "```python", "```", "~~~"]
-        + ["| a | b |", "|---|---|", "| 1 | 2 |", "> said", "---", "x" * 300, "word " * 500]
+        (
+            *("", "text", "# head", "- item", "1. one", "  more", "    deep", "```python", "```"),
+            *("~~~", "| a | b |", "|---|---|", "| 1 | 2 |", "> said", "---", "x" * 300),
+            "word " * 500,
+        )
     ),
     max_size=40,
 )
@@ -51,7 +54,7 @@ def test_a_code_block_is_one_part_whatever_is_in_it() -> None:
     code = "```python\n# no heading\n\n- no item\n~~~\n```"
     assert texts(f"Look:\n{code}\nEnd") == ["Look:", code, "End"]
     assert (
-        texts(f"- item\n  ```\n  a\n\n# b\n  ```\n- next")[0] == "- item\n  ```\n  a\n\n# b\n  ```"
+        texts("- item\n  ```\n  a\n\n# b\n  ```\n- next")[0] == "- item\n  ```\n  a\n\n# b\n  ```"
     )
 
 

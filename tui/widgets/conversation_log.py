@@ -23,7 +23,7 @@ from textual.timer import Timer
 from tui.answer_parts import MAX_PART, MarkdownPart, PartSplitter
 from tui.markdown_text import Kind, Look, TextLayout
 
-_N_KEPT = 200  # parts whose lines are kept; others are laid out again when they are shown
+_N_KEPT = 64  # parts whose lines are kept; others are laid out again when they are shown
 _SLICE_S = 0.02  # laying out again after a change of width, at one go
 _PAUSE_S = 0.01  # between two of these: keys are answered there
 
