@@ -1,0 +1,1 @@
+"""Widgets. They know values and messages, no engine."""
