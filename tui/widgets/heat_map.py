@@ -1,0 +1,181 @@
+"""The map of all experts: a row of cells for every layer, a cell for every expert. It scrolls.
+
+Knows codes and places, not what they count. Only rows whose codes changed are drawn again.
+"""
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from rich.segment import Segment
+from rich.style import Style
+from textual import events
+from textual.binding import Binding, BindingType
+from textual.geometry import Region, Size
+from textual.message import Message
+from textual.reactive import reactive
+from textual.scroll_view import ScrollView
+from textual.strip import Strip
+
+from tui.half_blocks import blocks, characters
+from tui.heat_grid import HeatGrid
+from tui.heat_layout import HeatLayout, fit
+from tui.views import CURSOR, VIEWS
+
+_MOVES = {
+    "up": (-1, 0),
+    "down": (1, 0),
+    "left": (0, -1),
+    "right": (0, 1),
+    "pageup": (-8, 0),
+    "pagedown": (8, 0),
+    "home": (0, -1 << 20),
+    "end": (0, 1 << 20),
+}
+_ARROWS = Binding.Group("cell", compact=True)
+
+
+class HeatMap(ScrollView, can_focus=True):
+    """Shows a `HeatGrid`; arrows and the mouse choose a cell."""
+
+    ALLOW_SELECT = False
+    BINDINGS: ClassVar[list[BindingType]] = [
+        Binding("up", "move('up')", "Layer up", group=_ARROWS),
+        Binding("down", "move('down')", "Layer down", group=_ARROWS),
+        Binding("left", "move('left')", "Expert left", group=_ARROWS),
+        Binding("right", "move('right')", "Expert right", group=_ARROWS),
+        Binding("pageup", "move('pageup')", "Eight layers up", show=False),
+        Binding("pagedown", "move('pagedown')", "Eight layers down", show=False),
+        Binding("home", "move('home')", "First expert", show=False),
+        Binding("end", "move('end')", "Last expert", show=False),
+    ]
+
+    grid: reactive[HeatGrid] = reactive(HeatGrid(0), init=False)
+    places: reactive[HeatLayout] = reactive(HeatLayout(0, 0, 1, 1, 1), init=False)
+    chosen: reactive[tuple[int, int]] = reactive((0, 0), init=False)  # layer, expert
+
+    @dataclass
+    class CellShown(Message):
+        """Another cell is asked about: by the cursor, or by the mouse."""
+
+        layer: int
+        expert: int
+
+        def can_replace(self, message: Message) -> bool:
+            return isinstance(message, HeatMap.CellShown)
+
+    def __init__(self, is_ascii: bool, id: str | None = None) -> None:
+        super().__init__(id=id)
+        self._is_ascii = is_ascii
+        self._strips: dict[int, Strip] = {}
+        self.n_drawn = 0  # rows made anew since the start: what a test counts
+
+    def make_room(self, n_layer: int, n_expert: int, width: int, n_rows: int) -> None:
+        """Place the cells of such a model in this room."""
+        self.places = fit(n_layer, n_expert, width, n_rows, self._is_ascii)
+        self.chosen = self._inside(*self.chosen)
+
+    def watch_places(self) -> None:
+        self._strips.clear()
+        self.virtual_size = Size(self.places.width, self.places.n_rows)
+        self.refresh(layout=True)
+
+    def watch_grid(self, before: HeatGrid, now: HeatGrid) -> None:
+        if before.view != now.view or len(before.rows) != len(now.rows):
+            self._strips.clear()
+            self.refresh()
+            return
+        changed = {
+            self.places.row_of(layer)
+            for layer, (old, new) in enumerate(zip(before.rows, now.rows, strict=True))
+            if old != new
+        }
+        self._draw_again(changed)
+
+    def watch_chosen(self, before: tuple[int, int], now: tuple[int, int]) -> None:
+        self._draw_again({self.places.row_of(before[0]), self.places.row_of(now[0])})
+        row = self.places.row_of(now[0])
+        self.scroll_to_region(Region(0, row, 1, 1), animate=False, force=True)
+        self.post_message(self.CellShown(*now))
+
+    def action_move(self, direction: str) -> None:
+        """Choose a neighbour of the chosen cell."""
+        layers, experts = _MOVES[direction]
+        self.chosen = self._inside(self.chosen[0] + layers, self.chosen[1] + experts)
+
+    def on_mouse_move(self, event: events.MouseMove) -> None:
+        cell = self._cell_under(event)
+        self.post_message(self.CellShown(*(cell or self.chosen)))
+
+    def on_leave(self) -> None:
+        self.post_message(self.CellShown(*self.chosen))
+
+    def on_click(self, event: events.Click) -> None:
+        """Choose what was clicked; a second click chooses the row's other layer."""
+        cell = self._cell_under(event)
+        if cell is None:
+            return
+        lower = self.places.layers_of(self.places.row_of(cell[0]))[1]
+        self.chosen = (lower, cell[1]) if cell == self.chosen and lower is not None else cell
+
+    def render_line(self, y: int) -> Strip:
+        row = y + self.scroll_offset.y
+        strip = self._strips.get(row)
+        if strip is None:
+            strip = self._strips[row] = self._strip(row)
+        return strip.crop_extend(0, self.size.width, self.rich_style).apply_style(self.rich_style)
+
+    def notify_style_update(self) -> None:
+        self._strips.clear()
+        super().notify_style_update()
+
+    def _strip(self, row: int) -> Strip:
+        if row >= self.places.n_rows or len(self.grid.rows) != self.places.n_layer:
+            return Strip([])
+        self.n_drawn += 1
+        upper, lower = self.places.layers_of(row)
+        view = VIEWS[self.grid.view]
+        label = self._label(upper, lower)
+        if self._is_ascii:
+            cells = characters(
+                self._codes(upper), view.palette(), view.characters(), self.places.cell_width
+            )
+        else:
+            below = self._codes(lower) if lower is not None else None
+            cells = blocks(self._codes(upper), below, view.palette(), self.places.cell_width)
+        return Strip([label, *cells], self.places.width)
+
+    def _label(self, upper: int, lower: int | None) -> Segment:
+        """The number of a row's layer: of the chosen one, else of the upper one."""
+        is_chosen = self.chosen[0] in (upper, lower)
+        layer = self.chosen[0] if is_chosen else upper
+        style = Style(bold=True) if is_chosen else Style(dim=True)
+        return Segment(f"{layer:>{self.places.label_width - 1}} ", style)
+
+    def _codes(self, layer: int) -> bytes:
+        """The codes of a layer's columns, the chosen one's replaced."""
+        codes = self.places.columns(self.grid.rows[layer])
+        if layer != self.chosen[0]:
+            return codes
+        column = self.places.column_of(self.chosen[1])
+        return codes[:column] + bytes([CURSOR]) + codes[column + 1 :]
+
+    def _cell_under(self, event: events.MouseEvent) -> tuple[int, int] | None:
+        """The cell under the mouse; of a column of many experts the strongest."""
+        y = event.pointer_y + self.scroll_offset.y
+        place = self.places.place_at(event.pointer_x, y)
+        if place is None or place[0] >= len(self.grid.rows):
+            return None
+        layer, column = place
+        codes = self.grid.rows[layer]
+        return layer, max(self.places.experts_of(column), key=lambda expert: codes[expert])
+
+    def _inside(self, layer: int, expert: int) -> tuple[int, int]:
+        return (
+            max(0, min(layer, self.places.n_layer - 1)),
+            max(0, min(expert, self.places.n_expert - 1)),
+        )
+
+    def _draw_again(self, rows: set[int]) -> None:
+        for row in rows:
+            self._strips.pop(row, None)
+            self.refresh_line(row)

@@ -1,0 +1,71 @@
+"""How fast it was in the last while: tokens, hits, reads. One sparkline each."""
+
+from collections.abc import Callable
+
+from textual.content import Content
+from textual.reactive import reactive
+
+from runner.client import Frame, StatsRates
+from tui.drawing import sparkline
+from tui.history import Trend
+from tui.widgets.panel import Panel
+from tui.words import figure, percent
+
+_LABEL_WIDTH, _VALUE_WIDTH = 9, 7
+
+
+class Speed(Panel):
+    """Sparklines as high as the panel has room for."""
+
+    trend: reactive[Trend] = reactive[Trend](())
+
+    def watch_trend(self) -> None:
+        self.redraw()
+
+    def text(self, frame: Frame, width: int) -> Content:
+        has_cache = frame.stats is not None and bool(frame.stats.n_slots)
+        rows = [self._row("tokens/s", _tokens_per_s, figure, "$success", width)]
+        if has_cache:
+            rows.append(self._row("hit rate", _hit_share, percent, "$primary", width, top=1.0))
+            rows.append(self._row("read GB/s", _gb_per_s, figure, "$accent", width))
+        return Content("\n").join(rows)
+
+    def _row(
+        self,
+        label: str,
+        value_of: Callable[[StatsRates], float],
+        text_of: Callable[[float], str],
+        style: str,
+        width: int,
+        top: float = 0.0,
+    ) -> Content:
+        values = [None if rates is None else value_of(rates) for rates in self.trend]
+        known = [value for value in values if value is not None]
+        room = max(0, width - _LABEL_WIDTH - _VALUE_WIDTH - 2)
+        top = top or max((v for v in values[-room:] if v is not None), default=0.0)
+        height = max(1, self.content_size.height // 3)
+        rows = sparkline(values, room, height, top, self.is_ascii)
+        value = text_of(known[-1]) if known else "-"
+        lines = []
+        for index, row in enumerate(rows):
+            is_last = index == len(rows) - 1
+            lines.append(
+                Content.assemble(
+                    (f"{label if is_last else '':<{_LABEL_WIDTH}} ", "$text-muted"),
+                    (row, style),
+                    (f" {value if is_last else '':>{_VALUE_WIDTH}}", "bold"),
+                )
+            )
+        return Content("\n").join(lines)
+
+
+def _tokens_per_s(rates: StatsRates) -> float:
+    return rates.generation_tokens_per_s or rates.prompt_tokens_per_s
+
+
+def _hit_share(rates: StatsRates) -> float:
+    return rates.hit_share
+
+
+def _gb_per_s(rates: StatsRates) -> float:
+    return rates.read_gb_per_s
