@@ -7,7 +7,7 @@ and the experts run by that plan.
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -37,7 +37,7 @@ from runner.miss_policy import RoutingPlan
 from runner.model_sizes import model_sizes
 from runner.quality.quality_meter import QualityMeter
 from runner.quality.verifier import Verifier
-from runner.standins.choose_policy import choose_policy
+from runner.standins.choose_policy import ChosenPolicy, choose_policy
 from runner.stats import StatsRecorder, StatsSnapshot
 from runner.text_context import TextContext
 
@@ -84,9 +84,7 @@ class Engine:
             self._owned = owned.pop_all()
         self._context = TextContext(self._parts, limits.n_ctx, config.n_keep, config.context_shift)
         self._meter = QualityMeter()
-        self._verifier: Verifier | None = None
-        if self._budget is not None and config.verify_every:
-            self._verifier = Verifier(config.verify_every, self._parts.kv, self._stats)
+        self._verifier = self._make_verifier()
 
     def _load(
         self,
@@ -174,8 +172,36 @@ class Engine:
         runner.start_filling()
         return runner
 
+    def _make_verifier(self) -> Verifier | None:
+        if self._budget is None or not self.config.verify_every:
+            return None
+        return Verifier(self.config.verify_every, self._parts.kv, self._stats)
+
     def close(self) -> None:
         self._owned.close()
+
+    # who stands in
+
+    @property
+    def can_miss(self) -> bool:
+        """Whether an expert can be missing, so that another might stand in."""
+        n_slots = self.cache_plan.n_slots
+        return bool(n_slots) and min(n_slots) < self.model_config.n_expert
+
+    def choose_standins(self, buddy: str, budget: float | None) -> ChosenPolicy:
+        """A policy by its name, as `EngineConfig.buddy` has it, and the share of the router's
+        weight that it may give away; changes nothing. Raises OptionError, ProfileError."""
+        config = replace(self.config, buddy=buddy, buddy_budget=budget)
+        return choose_policy(config, self.file, self.model_config, self.cache_plan.n_slots)
+
+    def use_standins(self, chosen: ChosenPolicy) -> None:
+        """From the next token on this policy, with a budget of which nothing is spent yet."""
+        self.buddies = chosen
+        self._budget = chosen.policy.budget if chosen.policy is not None else None
+        self._stats.set_buddies(chosen.name, chosen.budget)
+        if self._planner is not None:
+            self._planner.set_buddies(chosen.policy)
+        self._verifier = self._make_verifier()
 
     @property
     def n_ctx(self) -> int:

@@ -40,9 +40,9 @@ Replies, worker to client
     changed          {settings: {RunSettings fields}}            ends change, from the next token on
     error            {kind: class name in runner.errors, message: text}   ends any request
 
-A load while a model is loaded replaces it. `stats`, `frame`, `change` and `cancel` are answered while
-a generate runs; a second job meanwhile is refused with an error. A message that cannot be read
-gets an error with the id null. A worker whose client is gone exits.
+A load while a model is loaded replaces it. `stats`, `frame`, `change` and `cancel` are answered
+while a generate runs; a second job meanwhile is refused with an error. A message that cannot be
+read gets an error with the id null. A worker whose client is gone exits.
 
 Before all this the worker writes one line to its stdout, {address, authkey (hex)}: where it listens
 and the key without which `multiprocessing.connection` refuses a caller.
@@ -321,7 +321,7 @@ def parse(cls: type[Fields], values: object) -> Fields:
     """
     if not isinstance(values, Mapping):
         raise OptionError(f"{cls.__name__} must be an object, not {values!r:.40}")
-    types = _types(cls)
+    types = _types(cls)  # type: ignore[arg-type]
     unknown = set(values) - set(types)
     if unknown:
         raise OptionError(f"{cls.__name__} has no field {', '.join(sorted(unknown))}")
@@ -353,9 +353,8 @@ def _parse_tuple(name: str, items: tuple[Any, ...], value: list[Any]) -> tuple[A
     first, *others = items
     if others != [...] and len(value) != len(items):
         raise OptionError(f"{name} must have {len(items)} values, not {len(value)}")
-    is_uniform = set(others) <= {first, ...}
-    if is_uniform and set(map(type, value)) <= {first}:  # at once: a snapshot has thousands of numbers
-        return tuple(value)
+    if set(others) <= {first, ...} and set(map(type, value)) <= {first}:
+        return tuple(value)  # a snapshot has thousands of numbers
     if others == [...]:
         return tuple(_parse_value(name, first, item) for item in value)
     return tuple(_parse_value(name, kind, item) for kind, item in zip(items, value, strict=True))

@@ -3,6 +3,7 @@
 A watcher only reads. Knows neither what frames mean nor how they are shown.
 """
 
+import contextlib
 import os
 import select
 import socket
@@ -64,10 +65,8 @@ class Watch:
 
     def close(self) -> None:
         """Stop watching; `frames` ends, in another thread too. Can be called twice."""
-        try:
+        with contextlib.suppress(OSError):
             self._socket.shutdown(socket.SHUT_RDWR)
-        except OSError:
-            pass
         self._socket.close()
 
     def frames(self) -> Iterator[Frame]:

@@ -12,8 +12,8 @@ from pathlib import Path
 import psutil
 import pytest
 
-from runner.engine_client import Client
 from runner.config import EngineConfig, GenerateRequest
+from runner.engine_client import Client
 from runner.errors import WorkerDiedError
 from runner.process import worker_process
 

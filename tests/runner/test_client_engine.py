@@ -12,8 +12,8 @@ from pathlib import Path
 import psutil
 import pytest
 
-from runner.engine_client import Client
 from runner.config import EngineConfig, GenerateRequest, SamplingConfig
+from runner.engine_client import Client
 from runner.errors import ContextFullError, GGUFError, OptionError, WorkerDiedError
 from runner.protocol import BenchTest, GenerateResult, TextPiece
 from tests.paths import DEMO

@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from runner.engine_client import Client
 from runner.config import EngineConfig, GenerateRequest
+from runner.engine_client import Client
 from runner.errors import (
     BackendError,
     CancelledError,
@@ -113,7 +113,7 @@ def test_bench_yields_one_sample_per_test(loaded):
 def test_stats_are_answered_while_an_answer_is_made(loaded):
     answer = loaded.generate(GenerateRequest(prompt="forever"))
     next(answer)
-    assert loaded.stats()["n_generated"] > 0
+    assert loaded.stats()["n_tokens_generated"] > 0
     assert next(answer) == TextPiece("1 ", 2)
 
 
