@@ -40,9 +40,7 @@ def blocks(
     ]
 
 
-def characters(
-    codes: bytes, palette: Sequence[Rgb], ramp: str, cell_width: int
-) -> list[Segment]:
+def characters(codes: bytes, palette: Sequence[Rgb], ramp: str, cell_width: int) -> list[Segment]:
     """Segments of one row of codes, each as its character of `ramp`."""
     return [
         Segment(ramp[code] * (sum(1 for _ in run) * cell_width), _style(palette[code], None))

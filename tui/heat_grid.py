@@ -58,8 +58,8 @@ def heat_grid(
 def scale_text(peak: float, is_total: bool) -> str:
     """What the brightest level stands for."""
     if not peak:
-        return "nothing yet" if is_total else "nothing lately"
-    return f"brightest {peak:,.0f} in all" if is_total else f"brightest {_rate(peak)}/s"
+        return "none since loading" if is_total else "none lately"
+    return f"up to {peak:,.0f} since loading" if is_total else f"up to {_rate(peak)}/s lately"
 
 
 def _rate(value: float) -> str:
@@ -91,9 +91,7 @@ def _substitutions(counts: ExpertCounts, activity: Activity, is_total: bool) -> 
     peak = max(first_peak, second_peak)
     first, second = _codes(replaced, peak), _codes(stood_in, peak)
     rows = tuple(
-        bytes(b + 1 if b > a else a for a, b in zip(one, other, strict=True))
-        if any(other)
-        else one
+        bytes(b + 1 if b > a else a for a, b in zip(one, other, strict=True)) if any(other) else one
         for one, other in zip(first, second, strict=True)
     ) or tuple(bytes(len(row)) for row in counts.missed)
     return HeatGrid(views.SUBSTITUTIONS, rows, scale=scale_text(peak, is_total))

@@ -6,7 +6,7 @@ strongest of them.
 
 from dataclasses import dataclass
 
-MAX_CELL_WIDTH = 3
+MAX_CELL_WIDTH = 3  # where the layers' bars need room too
 _GAP = 1  # between the layers' numbers and the cells
 
 
@@ -71,7 +71,14 @@ class HeatLayout:
         return bytes(max(codes[begin : begin + step]) for begin in range(0, len(codes), step))
 
 
-def fit(n_layer: int, n_expert: int, width: int, n_rows: int, is_ascii: bool) -> HeatLayout:
+def fit(
+    n_layer: int,
+    n_expert: int,
+    width: int,
+    n_rows: int,
+    is_ascii: bool,
+    max_cell_width: int = MAX_CELL_WIDTH,
+) -> HeatLayout:
     """The best layout for a room of `width` columns and `n_rows` rows of text.
 
     A layer has a row of its own where all layers fit so, and without half blocks.
@@ -80,5 +87,5 @@ def fit(n_layer: int, n_expert: int, width: int, n_rows: int, is_ascii: bool) ->
     room = max(1, width - len(str(max(0, n_layer - 1))) - _GAP)
     if n_expert > room:
         return HeatLayout(n_layer, n_expert, layers_per_row, -(-n_expert // room), 1)
-    cell_width = max(1, min(MAX_CELL_WIDTH, room // max(1, n_expert)))
+    cell_width = max(1, min(max_cell_width, room // max(1, n_expert)))
     return HeatLayout(n_layer, n_expert, layers_per_row, 1, cell_width)

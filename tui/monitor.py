@@ -54,7 +54,7 @@ class Monitor(Widget):
             Binding(str(n), f"view({n - 1})", view.name, group=_VIEW_KEYS)
             for n, view in enumerate(VIEWS, 1)
         ),
-        Binding("t", "total", "lately/total"),
+        Binding("t", "total", "total"),
         Binding("e", "exact", "exact"),
         Binding("plus,equals_sign", "budget(1)", "More", key_display="+", group=_BUDGET_KEYS),
         Binding("minus", "budget(-1)", "Less", key_display="-", group=_BUDGET_KEYS),
@@ -234,8 +234,7 @@ class Monitor(Widget):
     def _show_grid(self) -> None:
         stats = self.frame.stats if self.frame is not None else None
         grid = heat_grid(self.view, stats, self._history.activity, self.is_total)
-        legend = self.query_one(Legend)
-        legend.grid, legend.is_total = grid, self.is_total
+        self.query_one(Legend).grid = grid
         self.query_one(HeatMap).grid = grid if not grid.remark else HeatGrid(self.view)
         self.query_one(ViewTabs).view = self.view
 
@@ -247,7 +246,7 @@ class Monitor(Widget):
         for mode in _MODES:
             self.set_class(place.mode == mode, f"-{mode}")
         heat_map = self.query_one(HeatMap)
-        heat_map.make_room(n_layer, n_expert, place.map_width, place.n_rows)
+        heat_map.make_room(n_layer, n_expert, place.map_width, place.n_rows, place.cell_width)
         heat_map.styles.width = place.map_width
         n_rows = min(place.n_rows, heat_map.places.n_rows)
         self.query_one("#map-row").styles.height = n_rows

@@ -55,9 +55,7 @@ def _ramp(anchors: tuple[Rgb, ...]) -> list[Rgb]:
 
 
 def _mixed(first: Rgb, second: Rgb, part: float) -> Rgb:
-    red, green, blue = (
-        round(a + (b - a) * part) for a, b in zip(first, second, strict=True)
-    )
+    red, green, blue = (round(a + (b - a) * part) for a, b in zip(first, second, strict=True))
     return red, green, blue
 
 

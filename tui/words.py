@@ -90,7 +90,7 @@ def cell_words(stats: StatsSnapshot, layer: int, expert: int) -> CellWords:
     if counts.used:
         sentences.append(_chosen(counts.used[layer], expert))
     else:
-        sentences.append("How often it was chosen is not counted in this run.")
+        sentences.append("Choices are not counted in this run.")
     sentences.append(_missed(stats, layer, expert))
     sentences += filter(None, (_replaced_by(stats, layer, expert), _stood_in(stats, layer, expert)))
     return CellWords(f"Layer {layer}, expert {expert}", tuple(sentences))
@@ -98,18 +98,18 @@ def cell_words(stats: StatsSnapshot, layer: int, expert: int) -> CellWords:
 
 def _residency(stats: StatsSnapshot, layer: int, expert: int) -> str:
     if not stats.residency:
-        return "In memory like all experts: there is no cache."
+        return "In memory, as all are: no cache."
     slots = stats.residency[layer]
     if expert in slots:
-        return f"In memory: slot {slots.index(expert)} of {len(slots)}."
-    return f"Not in memory: others are in the layer's {len(slots)} slots."
+        return f"In slot {slots.index(expert)} of {len(slots)}."
+    return "Not in memory."
 
 
 def _chosen(used: tuple[int, ...], expert: int) -> str:
     n, n_all = used[expert], sum(used)
     if not n:
         return "Never chosen."
-    return f"Chosen {times(n)}, {short_percent(n / n_all)} of the layer's choices."
+    return f"Chosen {times(n)}, {short_percent(n / n_all)} of the layer."
 
 
 def _missed(stats: StatsSnapshot, layer: int, expert: int) -> str:
@@ -118,11 +118,11 @@ def _missed(stats: StatsSnapshot, layer: int, expert: int) -> str:
     n, n_replaced = counts.missed[layer][expert], counts.substituted[layer][expert]
     n_loaded = counts.loaded[layer][expert]
     if not n:
-        return f"Never missing; read {times(n_loaded)}." if n_loaded else "Never missing."
+        return f"Never missing, read {times(n_loaded)}." if n_loaded else "Never missing."
     share = ""
     if counts.used and counts.used[layer][expert]:
         share = f" ({short_percent(n / counts.used[layer][expert])})"
-    return f"Missing {times(n)}{share}: {n_replaced:,} replaced; read {times(n_loaded)}."
+    return f"Missing {times(n)}{share}, {n_replaced:,} replaced. Read {times(n_loaded)}."
 
 
 def _replaced_by(stats: StatsSnapshot, layer: int, expert: int) -> str:
@@ -131,7 +131,7 @@ def _replaced_by(stats: StatsSnapshot, layer: int, expert: int) -> str:
     if not mine:
         return ""
     parts = [f"{'nobody' if by < 0 else by} ({n:,})" for by, n in mine]
-    return f"Its stand-ins, most often first: {', '.join(parts)}."
+    return f"Stand-ins: {', '.join(parts)}."
 
 
 def _stood_in(stats: StatsSnapshot, layer: int, expert: int) -> str:
@@ -144,7 +144,7 @@ def _stood_in(stats: StatsSnapshot, layer: int, expert: int) -> str:
         ((n, missing) for missing, by, n in buddies_of(stats, layer) if by == expert), reverse=True
     )
     names = ", ".join(f"{missing} ({n:,})" for n, missing in helped[:3])
-    return f"Stood in {times(n)}" + (f", mostly for {names}." if names else ".")
+    return f"Stood in {times(n)}" + (f": for {names}." if names else ".")
 
 
 def buddies_of(stats: StatsSnapshot, layer: int) -> list[tuple[int, int, int]]:

@@ -106,7 +106,9 @@ class FakeEngine:
     def _token(self) -> None:
         self.n_tokens += 1
         for layer in range(self.n_layer):
-            weights = [1 / (1 + (expert + layer) % self.n_expert) for expert in range(self.n_expert)]
+            weights = [
+                1 / (1 + (expert + layer) % self.n_expert) for expert in range(self.n_expert)
+            ]
             chosen: set[int] = set()
             while len(chosen) < self.n_used:
                 chosen |= set(self.dice.choices(range(self.n_expert), weights))

@@ -69,9 +69,11 @@ class HeatMap(ScrollView, can_focus=True):
         self._strips: dict[int, Strip] = {}
         self.n_drawn = 0  # rows made anew since the start: what a test counts
 
-    def make_room(self, n_layer: int, n_expert: int, width: int, n_rows: int) -> None:
+    def make_room(
+        self, n_layer: int, n_expert: int, width: int, n_rows: int, cell_width: int
+    ) -> None:
         """Place the cells of such a model in this room."""
-        self.places = fit(n_layer, n_expert, width, n_rows, self._is_ascii)
+        self.places = fit(n_layer, n_expert, width, n_rows, self._is_ascii, cell_width)
         self.chosen = self._inside(*self.chosen)
 
     def watch_places(self) -> None:

@@ -9,13 +9,14 @@ from tui.heat_layout import HeatLayout
 from tui.views import N_CODES, SUBSTITUTIONS, VIEWS, Rgb
 from tui.widgets.pairs import wrapped
 
+_ROOM_FOR_WORDS = 50  # columns; the view's name says nearly the same
+
 
 class Legend(Static):
     """One or two lines."""
 
     grid: reactive[HeatGrid] = reactive(HeatGrid(0))
     places: reactive[HeatLayout] = reactive(HeatLayout(0, 0, 1, 1, 1))
-    is_total: reactive[bool] = reactive(False)
     n_rows_shown: reactive[int] = reactive(0)
 
     def __init__(self, is_ascii: bool, id: str | None = None) -> None:
@@ -25,20 +26,20 @@ class Legend(Static):
     def render(self) -> Content:
         if self.grid.remark:
             return Content(self.grid.remark)
-        view = VIEWS[self.grid.view]
-        parts = [self._ramp(0), Content(view.shows)]
-        if self.grid.view == SUBSTITUTIONS:
-            parts = [self._ramp(0) + Content(" replaced"), self._ramp(1) + Content(" stood in")]
-        if view.has_levels:
-            parts.append(Content("since loading" if self.is_total else "lately"))
-        parts.append(Content.styled(self.grid.scale, "$text-muted"))
+        parts = [*self._ramps(), Content.styled(self.grid.scale, "$text-muted")]
         if self.places.experts_per_column > 1:
-            n = self.places.experts_per_column
-            parts.append(Content.styled(f"a column: {n} experts, the strongest", "$text-muted"))
+            words = f"strongest of {self.places.experts_per_column} experts a column"
+            parts.append(Content.styled(words, "$text-muted"))
         if self.n_rows_shown < self.places.n_rows:
             n, n_all = self.n_rows_shown * self.places.layers_per_row, self.places.n_layer
             parts.append(Content.styled(f"{n} of {n_all} layers, scrolls", "$text-muted"))
-        return Content("\n").join(wrapped([part for part in parts if part.plain], self.size.width))
+        return Content("\n").join(wrapped(parts, self.size.width))
+
+    def _ramps(self) -> list[Content]:
+        if self.grid.view == SUBSTITUTIONS:
+            return [self._ramp(0) + Content(" replaced"), self._ramp(1) + Content(" stood in")]
+        has_room = self.size.width >= _ROOM_FOR_WORDS
+        return [self._ramp(0) + Content(f" {VIEWS[self.grid.view].shows}" if has_room else "")]
 
     def _ramp(self, kind: int) -> Content:
         """The levels of a kind from dark to bright, three of them where there are so many."""

@@ -12,6 +12,7 @@ from tui.widgets.panel import Panel
 from tui.words import figure, percent
 
 _LABEL_WIDTH, _VALUE_WIDTH = 9, 7
+_HEADROOM = 1.2  # above the highest value
 
 
 class Speed(Panel):
@@ -28,7 +29,14 @@ class Speed(Panel):
         if has_cache:
             rows.append(self._row("hit rate", _hit_share, percent, "$primary", width, top=1.0))
             rows.append(self._row("read GB/s", _gb_per_s, figure, "$accent", width))
-        return Content("\n").join(rows)
+        between = "\n\n" if self._height > 1 else "\n"
+        return Content(between).join(rows)
+
+    @property
+    def _height(self) -> int:
+        """Rows of each sparkline, with a row between two where there is room."""
+        n_rows = self.content_size.height
+        return max(1, (n_rows - 2) // 3) if n_rows >= 8 else 1
 
     def _row(
         self,
@@ -42,9 +50,9 @@ class Speed(Panel):
         values = [None if rates is None else value_of(rates) for rates in self.trend]
         known = [value for value in values if value is not None]
         room = max(0, width - _LABEL_WIDTH - _VALUE_WIDTH - 2)
-        top = top or max((v for v in values[-room:] if v is not None), default=0.0)
-        height = max(1, self.content_size.height // 3)
-        rows = sparkline(values, room, height, top, self.is_ascii)
+        highest = max((v for v in values[-room:] if v is not None), default=0.0)
+        top = top or _HEADROOM * highest
+        rows = sparkline(values, room, self._height, top, self.is_ascii)
         value = text_of(known[-1]) if known else "-"
         lines = []
         for index, row in enumerate(rows):

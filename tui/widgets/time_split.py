@@ -33,7 +33,9 @@ class TimeSplit(Panel):
             for (_, letter, fill, style), n in zip(_PARTS, split(shares, width), strict=True)
         )
         words = [
-            Content.assemble((letter if self.is_ascii else fill * 2, style), f" {name} {percent(s)}")
+            Content.assemble(
+                (letter if self.is_ascii else fill * 2, style), f" {name} {percent(s)}"
+            )
             for (name, letter, fill, style), s in zip(_PARTS, shares, strict=True)
         ]
         return Content("\n").join([bar, *wrapped(words, width)])
