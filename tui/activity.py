@@ -17,7 +17,7 @@ NAMES = ("used", "missed", "substituted", "stood_in", "loaded")
 
 
 class Activity:
-    """The rates of one engine's experts; one thread."""
+    """The rates of the experts in one run; one thread."""
 
     def __init__(self) -> None:
         self._counts: ExpertCounts | None = None
@@ -26,13 +26,10 @@ class Activity:
         self._peaks: dict[str, float] = {}
 
     def add(self, counts: ExpertCounts, time_s: float) -> None:
-        """Take the counts of the next moment; counts of another run begin anew."""
+        """Take the counts of the next moment of the same run."""
         before, self._counts = self._counts, counts
         passed_s, self._time_s = time_s - self._time_s, time_s
-        if before is None or passed_s < 0 or not _is_later(before, counts):
-            self._rates, self._peaks = {}, {}
-            return
-        if passed_s == 0:
+        if before is None or passed_s <= 0:
             return
         for name in NAMES:
             self._add_grid(name, getattr(before, name), getattr(counts, name), passed_s)
@@ -46,7 +43,7 @@ class Activity:
         return self._peaks.get(name, 0.0)
 
     def _add_grid(self, name: str, before: Grid, now: Grid, passed_s: float) -> None:
-        if not now:
+        if not now or not before:
             return
         keep = 0.5 ** (passed_s / HALF_LIFE_S)
         gain = (1.0 - keep) / passed_s
@@ -64,14 +61,3 @@ class Activity:
             highest = max(highest, *row)
         slow = 0.5 ** (passed_s / PEAK_HALF_LIFE_S)
         self._peaks[name] = max(highest, slow * self._peaks.get(name, 0.0))
-
-
-def _is_later(before: ExpertCounts, now: ExpertCounts) -> bool:
-    """Whether both are of one run: nothing was counted back."""
-    for name in NAMES:
-        old, new = getattr(before, name), getattr(now, name)
-        if len(old) != len(new) or sum(map(sum, old)) > sum(map(sum, new)):
-            return False
-        if [len(row) for row in old] != [len(row) for row in new]:
-            return False
-    return True

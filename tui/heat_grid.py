@@ -70,9 +70,9 @@ def _resident(stats: StatsSnapshot, counts: ExpertCounts) -> HeatGrid:
     """Where a layer has no slots of its own, all of its experts are in memory."""
     full = 2 * _TOP
     if not stats.residency:
-        rows = tuple(bytes([full]) * len(row) for row in counts.missed)
-        return HeatGrid(views.RESIDENT, rows, scale="no cache: all of them, always")
-    rows = []
+        every = tuple(bytes([full]) * len(row) for row in counts.missed)
+        return HeatGrid(views.RESIDENT, every, scale="no cache: all of them, always")
+    rows: list[bytes] = []
     for slots, row in zip(stats.residency, counts.missed, strict=True):
         line = bytearray(len(row))
         for expert in slots:

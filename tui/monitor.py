@@ -39,6 +39,7 @@ from tui.widgets.too_small import TooSmall
 from tui.widgets.view_tabs import ViewTabs
 
 _BUDGET_STEP = 0.01
+_DRAWN_EVERY_S = 0.35  # a screen costs some milliseconds, which the engine's threads could use
 _MODES = ("tiny", "narrow", "compact", "full", "wide")
 _BUSY = ("prompt", "generating", "measuring")
 _NOT_MINE = "This buddyrun is only watched. It can be changed where it was started."
@@ -84,6 +85,8 @@ class Monitor(Widget):
         self._shape = (0, 0)  # n_layer, n_expert
         self._asked: RunSettings | None = None  # what will be, while the owner is asked
         self._n_asked = 0
+        self._latest: Frame | None = None  # shown or not
+        self._has_ended = False
 
     def compose(self) -> ComposeResult:
         is_ascii = self._is_ascii
@@ -110,18 +113,22 @@ class Monitor(Widget):
         self.watch(self.query_one(HeatMap), "scroll_y", self._follow, init=False)
 
     def show(self, frame: Frame) -> None:
-        """The next moment of an engine."""
+        """The next moment of an engine; all are counted, not all are drawn."""
         self._history.add(frame)
-        self.query_one(Headline).ended = ""
-        self.remove_class("-ended")
         if self._n_asked == 0:
             self._asked = None
-        self.frame = frame
+        if self._latest is None or self._has_ended:
+            self.query_one(Headline).ended = ""
+            self._has_ended = False
+        self._latest = frame
+        if _is_news(self.frame, frame):
+            self.frame = frame
 
     def show_ended(self, reason: str) -> None:
         """No frame follows, for this reason; the last one stays."""
+        self._has_ended = True
         self.query_one(Headline).ended = reason
-        self.add_class("-ended")
+        self.frame = self._latest
 
     def watch_frame(self, frame: Frame | None) -> None:
         if frame is None:
@@ -136,8 +143,9 @@ class Monitor(Widget):
         self.query_one(LayerBars).shares = layer_shares(frame.stats) if counts else ()
         self.query_one(Speed).trend = self._history.trend
         latest = self._history.latest if frame.phase in _BUSY else None
-        for rated in (Headline, Pairs, TimeSplit):
-            self.query_one(rated).rates = latest
+        self.query_one(Headline).rates = latest
+        self.query_one(Pairs).rates = latest
+        self.query_one(TimeSplit).rates = latest
         for panel in self.query(Panel):
             panel.frame = frame
 
@@ -228,8 +236,11 @@ class Monitor(Widget):
         self._n_asked -= 1
         if message.is_refused:
             self._asked = None
-        severity = "error" if message.is_refused else "information"
-        self.notify(message.words, severity=severity, markup=False)
+        self.notify(
+            message.words,
+            severity="error" if message.is_refused else "information",
+            markup=False,
+        )
 
     def _show_grid(self) -> None:
         stats = self.frame.stats if self.frame is not None else None
@@ -251,9 +262,19 @@ class Monitor(Widget):
         n_rows = min(place.n_rows, heat_map.places.n_rows)
         self.query_one("#map-row").styles.height = n_rows
         self.query_one("#left").styles.width = place.left_width or "100%"
-        for follower in (LayerBars, Legend):
-            self.query_one(follower).places = heat_map.places
+        self.query_one(LayerBars).places = heat_map.places
+        self.query_one(Legend).places = heat_map.places
         self.query_one(Legend).n_rows_shown = n_rows
 
     def _follow(self, scroll_y: float) -> None:
         self.query_one(LayerBars).first_row = round(scroll_y)
+
+
+def _is_news(drawn: Frame | None, frame: Frame) -> bool:
+    """Whether a frame has to be drawn: time passed, or what a person waits for came about."""
+    if drawn is None or frame.time_s < drawn.time_s:
+        return True
+    if frame.time_s - drawn.time_s >= _DRAWN_EVERY_S:
+        return True
+    before, now = (drawn.phase, drawn.pid), (frame.phase, frame.pid)
+    return before != now or drawn.settings != frame.settings or drawn.model != frame.model

@@ -5,6 +5,7 @@ things. Brightness rises with the level in every ramp, so that hues are not need
 """
 
 from dataclasses import dataclass
+from functools import cached_property
 
 N_LEVELS = 10
 N_CODES = 2 * N_LEVELS
@@ -30,6 +31,7 @@ class View:
     second: tuple[Rgb, ...] = ()  # of kind 1
     has_levels: bool = True  # else a cell is only on or off
 
+    @cached_property
     def palette(self) -> tuple[Rgb, ...]:
         """The colour of every code, the cursor's last."""
         first = _ramp(self.anchors)
@@ -37,6 +39,7 @@ class View:
         mixed = [color for pair in zip(first, second, strict=True) for color in pair]
         return (*mixed, _CURSOR_COLOR)
 
+    @cached_property
     def characters(self) -> str:
         """The ASCII character of every code, the cursor's last."""
         pairs = zip(ASCII_LEVELS, ASCII_SECOND, strict=True)

@@ -1,4 +1,4 @@
-"""What the monitor says about a moment: sentences and figures. Knows neither widgets nor colours."""
+"""What the monitor says about a moment: sentences and figures. Knows no widget."""
 
 import os
 from bisect import bisect_left

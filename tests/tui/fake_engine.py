@@ -24,7 +24,7 @@ class FakeEngine:
     n_used: int = 2
     slots: int = 4
     tokens_per_frame: int = 6
-    settings: RunSettings = RunSettings(False, "router", 0.08, False)
+    settings: RunSettings = field(default_factory=lambda: RunSettings(False, "router", 0.08, False))
     name: str = "Fake 8x7B"
     pid: int = 4242
     dice: random.Random = field(default_factory=lambda: random.Random(1))

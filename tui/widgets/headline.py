@@ -17,9 +17,6 @@ class Headline(Panel):
     rates: reactive[StatsRates | None] = reactive[StatsRates | None](None)
     ended: reactive[str] = reactive("")  # why no frame follows, in words
 
-    def watch_rates(self) -> None:
-        self.redraw()
-
     def watch_ended(self) -> None:
         self.redraw()
 

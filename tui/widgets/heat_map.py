@@ -31,6 +31,7 @@ _MOVES = {
     "home": (0, -1 << 20),
     "end": (0, 1 << 20),
 }
+_CHOSEN, _OTHERS = Style(bold=True), Style(dim=True)
 _ARROWS = Binding.Group("cell", compact=True)
 
 
@@ -67,6 +68,7 @@ class HeatMap(ScrollView, can_focus=True):
         super().__init__(id=id)
         self._is_ascii = is_ascii
         self._strips: dict[int, Strip] = {}
+        self._base: Style | None = None
         self.n_drawn = 0  # rows made anew since the start: what a test counts
 
     def make_room(
@@ -124,33 +126,40 @@ class HeatMap(ScrollView, can_focus=True):
         strip = self._strips.get(row)
         if strip is None:
             strip = self._strips[row] = self._strip(row)
-        return strip.crop_extend(0, self.size.width, self.rich_style).apply_style(self.rich_style)
+        return strip
+
+    def on_resize(self) -> None:
+        self._strips.clear()
 
     def notify_style_update(self) -> None:
         self._strips.clear()
+        self._base = None
         super().notify_style_update()
 
     def _strip(self, row: int) -> Strip:
+        if self._base is None:
+            self._base = self.rich_style  # which costs more than a row of cells
+        width = self.size.width
         if row >= self.places.n_rows or len(self.grid.rows) != self.places.n_layer:
-            return Strip([])
+            return Strip.blank(width, self._base)
         self.n_drawn += 1
         upper, lower = self.places.layers_of(row)
-        view = VIEWS[self.grid.view]
-        label = self._label(upper, lower)
-        if self._is_ascii:
-            cells = characters(
-                self._codes(upper), view.palette(), view.characters(), self.places.cell_width
-            )
-        else:
-            below = self._codes(lower) if lower is not None else None
-            cells = blocks(self._codes(upper), below, view.palette(), self.places.cell_width)
-        return Strip([label, *cells], self.places.width)
+        label = self._label(upper, lower, self._base)
+        strip = Strip([label, *self._cells(upper, lower)], self.places.width)
+        return strip.adjust_cell_length(width, self._base)
 
-    def _label(self, upper: int, lower: int | None) -> Segment:
+    def _cells(self, upper: int, lower: int | None) -> list[Segment]:
+        view, width = VIEWS[self.grid.view], self.places.cell_width
+        if self._is_ascii:
+            return characters(self._codes(upper), view.palette, view.characters, width)
+        below = self._codes(lower) if lower is not None else None
+        return blocks(self._codes(upper), below, view.palette, width)
+
+    def _label(self, upper: int, lower: int | None, base: Style) -> Segment:
         """The number of a row's layer: of the chosen one, else of the upper one."""
         is_chosen = self.chosen[0] in (upper, lower)
         layer = self.chosen[0] if is_chosen else upper
-        style = Style(bold=True) if is_chosen else Style(dim=True)
+        style = base + (_CHOSEN if is_chosen else _OTHERS)
         return Segment(f"{layer:>{self.places.label_width - 1}} ", style)
 
     def _codes(self, layer: int) -> bytes:

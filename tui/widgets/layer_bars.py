@@ -55,19 +55,18 @@ class LayerBars(Widget):
 
     def render_line(self, y: int) -> Strip:
         width, row = self.size.width, y + self.first_row
-        blank = Strip.blank(width, self.rich_style)
         if row >= self.places.n_rows or len(self._rows) != self.places.n_layer:
-            return blank
+            return Strip.blank(width, self.rich_style)
         upper, lower = self.places.layers_of(row)
         first = self._rows[upper]
         second = self._rows[lower] if lower is not None else None
         if not first:
-            return blank
+            return Strip.blank(width, self.rich_style)
         if self._is_ascii:
             segments = characters(first, _PALETTE, _LETTERS, 1)
         else:
             segments = blocks(first, second or None, _PALETTE, 1)
-        return Strip(segments, width).apply_style(self.rich_style)
+        return Strip(segments, width)
 
     def _codes(self) -> tuple[bytes, ...]:
         width = self.size.width

@@ -44,7 +44,7 @@ class Legend(Static):
     def _ramp(self, kind: int) -> Content:
         """The levels of a kind from dark to bright, three of them where there are so many."""
         view = VIEWS[self.grid.view]
-        palette, characters = view.palette(), view.characters()
+        palette, characters = view.palette, view.characters
         codes = [0, N_CODES - 2] if not view.has_levels else [0, 4 + kind, 10 + kind, 18 + kind]
         return Content("").join(
             Content.styled(characters[code] if self._is_ascii else "█", _style(palette[code]))

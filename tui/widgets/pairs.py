@@ -15,9 +15,6 @@ class Pairs(Panel):
 
     rates: reactive[StatsRates | None] = reactive[StatsRates | None](None)
 
-    def watch_rates(self) -> None:
-        self.redraw()
-
     def text(self, frame: Frame, width: int) -> Content:
         stats = frame.stats
         source = self.rates or stats

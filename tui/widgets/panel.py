@@ -8,7 +8,7 @@ from runner.client import Frame
 
 
 class Panel(Static):
-    """Children say in `text` what is in it."""
+    """Children say in `text` what is in it. What else they show is set before the frame."""
 
     frame: reactive[Frame | None] = reactive[Frame | None](None)
 

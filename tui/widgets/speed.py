@@ -20,9 +20,6 @@ class Speed(Panel):
 
     trend: reactive[Trend] = reactive[Trend](())
 
-    def watch_trend(self) -> None:
-        self.redraw()
-
     def text(self, frame: Frame, width: int) -> Content:
         has_cache = frame.stats is not None and bool(frame.stats.n_slots)
         rows = [self._row("tokens/s", _tokens_per_s, figure, "$success", width)]

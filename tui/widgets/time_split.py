@@ -21,9 +21,6 @@ class TimeSplit(Panel):
 
     rates: reactive[StatsRates | None] = reactive[StatsRates | None](None)
 
-    def watch_rates(self) -> None:
-        self.redraw()
-
     def text(self, frame: Frame, width: int) -> Content:
         shares = _shares(self.rates, frame.stats)
         if not any(shares):
