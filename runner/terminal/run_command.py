@@ -22,6 +22,7 @@ from runner.terminal.terminal_text import storable, visible
 
 if TYPE_CHECKING:
     from runner.engine_client import Client
+    from runner.screens import Screens
     from runner.show import ReportedDevice
     from runner.terminal.chat_input import Reader
     from runner.terminal.history import LineHistory
@@ -32,7 +33,11 @@ _READING_STDIN = "reading the prompt from stdin until it ends; < /dev/null keeps
 
 
 def run_model(
-    params: Params, words: list[str], environment: Environment, commands: list[str]
+    params: Params,
+    words: list[str],
+    environment: Environment,
+    commands: list[str],
+    screens: "Screens | None" = None,
 ) -> None:
     """Chat with a model or answer once, as the parameters say. Raises BuddyrunError."""
     path = find_model(params["model"], commands)
