@@ -54,8 +54,8 @@ class EngineList(Screen[Running]):
         find_running: Find = find_all,
     ) -> None:
         super().__init__()
-        self._running = {each.pid: each for each in running}
-        self._known = set(self._running)
+        self._engines = {each.pid: each for each in running}
+        self._known = set(self._engines)
         self._is_waiting = is_waiting
         self._is_ascii = is_ascii
         self._find = find_running
@@ -81,7 +81,7 @@ class EngineList(Screen[Running]):
         self.post_message(EnginesFound(self._find()))
 
     def on_engines_found(self, message: EnginesFound) -> None:
-        self._running = {each.pid: each for each in message.running}
+        self._engines = {each.pid: each for each in message.running}
         new = [each for each in message.running if each.pid not in self._known]
         if self._is_waiting and new:
             self.dismiss(new[0])
@@ -89,7 +89,7 @@ class EngineList(Screen[Running]):
             self._show()
 
     def on_option_list_option_selected(self, message: OptionList.OptionSelected) -> None:
-        self.dismiss(self._running[int(message.option.id or 0)])
+        self.dismiss(self._engines[int(message.option.id or 0)])
 
     def action_choose(self) -> None:
         """Watch the highlighted one."""
@@ -99,17 +99,17 @@ class EngineList(Screen[Running]):
         """Change the list where it differs, so that the highlight stays."""
         choices = self.query_one(OptionList)
         shown_ids = [option.id for option in choices.options]
-        if shown_ids != [str(pid) for pid in self._running]:
+        if shown_ids != [str(pid) for pid in self._engines]:
             choices.clear_options()
             choices.add_options(
-                Option(self._row(each), id=str(pid)) for pid, each in self._running.items()
+                Option(self._row(each), id=str(pid)) for pid, each in self._engines.items()
             )
-            choices.highlighted = 0 if self._running else None
+            choices.highlighted = 0 if self._engines else None
         else:
-            for pid, each in self._running.items():
+            for pid, each in self._engines.items():
                 choices.replace_option_prompt(str(pid), self._row(each))
-        choices.display = bool(self._running)
-        self.query_one("#engines-none", Static).update("" if self._running else _NOBODY)
+        choices.display = bool(self._engines)
+        self.query_one("#engines-none", Static).update("" if self._engines else _NOBODY)
 
     def _row(self, running: Running) -> Content:
         frame = running.frame

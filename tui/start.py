@@ -1,6 +1,4 @@
-"""The program's doorway: the command line, with the screens handed in. Loads no screen by itself."""
-
-import sys
+"""The program's doorway: the command line, with the screens handed in. Imports no screen."""
 
 from runner.cli import main as run_command_line
 from runner.client import ChatRequest, MonitorRequest, Screens
@@ -18,5 +16,8 @@ def show_monitor(request: MonitorRequest) -> None:
     TopApp(request).run()
 
 
-if __name__ == "__main__":
-    sys.exit(main())
+def show_chat(request: ChatRequest) -> None:
+    """Chat until the person leaves."""
+    from tui.chat_app import open_chat
+
+    open_chat(request)
