@@ -42,7 +42,6 @@ class EngineList(Screen[Running]):
     """Dismissed with the chosen engine; waiting, with the next one that was not there before."""
 
     BINDINGS: ClassVar[list[BindingType]] = [
-        Binding("enter", "choose", "watch it", show=True),
         Binding("r", "look", "look again"),
     ]
 
@@ -62,7 +61,11 @@ class EngineList(Screen[Running]):
         self.set_class(is_ascii, "-ascii")
 
     def compose(self) -> ComposeResult:
-        title = "Waiting for the next buddyrun" if self._is_waiting else "Running now"
+        title = (
+            "Waiting for the next buddyrun"
+            if self._is_waiting
+            else "Running now; Enter watches one"
+        )
         yield Static(Content.styled(title, "bold"), id="engines-title", markup=False)
         yield OptionList(id="engines", markup=False)
         yield Static("", id="engines-none", markup=False)
@@ -90,10 +93,6 @@ class EngineList(Screen[Running]):
 
     def on_option_list_option_selected(self, message: OptionList.OptionSelected) -> None:
         self.dismiss(self._engines[int(message.option.id or 0)])
-
-    def action_choose(self) -> None:
-        """Watch the highlighted one."""
-        self.query_one(OptionList).action_select()
 
     def _show(self) -> None:
         """Change the list where it differs, so that the highlight stays."""

@@ -2,7 +2,6 @@
 
 import os
 from bisect import bisect_left
-from collections.abc import Callable
 from dataclasses import dataclass
 
 from runner.client import Frame, ModelInfo, StatsSnapshot, bytes_text, visible_line
@@ -45,21 +44,17 @@ def phase_text(frame: Frame) -> str:
     """What the engine does, in words."""
     match frame.phase:
         case "loading":
-            return f"loading{_of(frame, bytes_text)}"
+            done = f", {percent(frame.done / frame.total)}" if frame.total else ""
+            return f"loading {frame.stage}".rstrip() + done
         case "prompt":
-            return f"reading the prompt{_of(frame, str)}"
+            done = f", {frame.done:,} of {frame.total:,} tokens" if frame.total else ""
+            return f"reading the prompt{done}"
         case "measuring":
             return f"measuring {frame.stage}".rstrip()
         case "ready":
             return "waits for a message"
         case _:
             return frame.phase
-
-
-def _of(frame: Frame, text_of: Callable[[int], str]) -> str:
-    if not frame.total:
-        return f" {frame.stage}".rstrip()
-    return f" {text_of(frame.done)} of {text_of(frame.total)}"
 
 
 def speed_text(frame: Frame, generation_per_s: float, prompt_per_s: float) -> str:

@@ -58,8 +58,10 @@ def test_what_is_not_counted_is_said_and_not_made_up() -> None:
 def test_a_phase_is_said_with_how_far_it_is() -> None:
     frame = FakeEngine().frame()
     loading = replace(frame, phase="loading", stage="weights", done=5 * 10**8, total=10**9)
-    assert phase_text(loading) == "loading 500 MB of 1.00 GB"
-    assert phase_text(replace(frame, phase="prompt", done=64, total=512)).endswith("64 of 512")
+    assert phase_text(loading) == "loading weights, 50 %"
+    assert phase_text(replace(frame, phase="prompt", done=64, total=512)).endswith(
+        "64 of 512 tokens"
+    )
     assert phase_text(replace(frame, phase="measuring", stage="pp512")) == "measuring pp512"
     assert phase_text(replace(frame, phase="loading")) == "loading"
 

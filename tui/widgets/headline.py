@@ -23,6 +23,9 @@ class Headline(Panel):
     def text(self, frame: Frame, width: int) -> Content:
         return Content("\n").join([self._model(frame), self._state(frame)])
 
+    def text_before(self) -> Content:
+        return self._end() if self.ended else Content("waits for the engine")
+
     def _model(self, frame: Frame) -> Content:
         info = frame.model
         name = Content.styled(shown(model_name(info), self.is_ascii), "bold $text-primary")
@@ -31,9 +34,12 @@ class Headline(Panel):
         facts = f"  {model_facts(info)}  {shown(info.device, self.is_ascii)}"
         return name + Content.styled(facts, "$text-muted")
 
+    def _end(self) -> Content:
+        return Content.styled(f"ended: {shown(self.ended, self.is_ascii)}", "bold $text-error")
+
     def _state(self, frame: Frame) -> Content:
         if self.ended:
-            return Content.styled(f"ended: {shown(self.ended, self.is_ascii)}", "bold $text-error")
+            return self._end()
         parts = [Content.styled(shown(phase_text(frame), self.is_ascii), "bold")]
         if frame.total and frame.phase in ("loading", "prompt", "measuring"):
             filled, rest = gauge(frame.done / frame.total, _GAUGE_WIDTH, self.is_ascii)

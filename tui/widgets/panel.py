@@ -22,6 +22,10 @@ class Panel(Static):
         """What is in the panel at this width."""
         raise NotImplementedError
 
+    def text_before(self) -> Content:
+        """What is in it before the first frame."""
+        return Content()
+
     def watch_frame(self) -> None:
         self.redraw()
 
@@ -31,9 +35,9 @@ class Panel(Static):
     def redraw(self) -> None:
         """Show the text of the values now."""
         width = self.content_size.width
-        if self.frame is None or width < 1:
+        if width < 1:
             return
-        text = self.text(self.frame, width)
+        text = self.text(self.frame, width) if self.frame is not None else self.text_before()
         if text.is_same(self._drawn):
             return
         grows = text.plain.count("\n") != self._drawn.plain.count("\n")
