@@ -87,7 +87,7 @@ def _check_owner(place: Path) -> None:
 
 def _alive(place: Path) -> Iterator[int]:
     for path in place.glob(f"*{_SUFFIX}"):
-        if not path.stem.isdecimal():
+        if not (path.stem.isascii() and path.stem.isdecimal()):
             continue
         if _is_running(int(path.stem)):
             yield int(path.stem)
