@@ -64,9 +64,9 @@ class Monitor(Widget):
         Binding("question_mark", "help", "help", key_display="?"),
     ]
 
-    frame: reactive[Frame | None] = reactive[Frame | None](None, init=False)
-    view: reactive[int] = reactive(0, init=False)
-    is_total: reactive[bool] = reactive(False, init=False)
+    frame: reactive[Frame | None] = reactive[Frame | None](None, init=False, repaint=False)
+    view: reactive[int] = reactive(0, init=False, repaint=False)
+    is_total: reactive[bool] = reactive(False, init=False, repaint=False)
 
     @dataclass
     class Answered(Message):
@@ -103,7 +103,7 @@ class Monitor(Widget):
                 yield Standins(is_ascii, "Who stands in, most often first", id="stand-ins")
             with VerticalScroll(id="panels", can_focus=False):
                 yield Speed(is_ascii, "Speed", id="speed")
-                yield Pairs(is_ascii, "What became of the router's choices", id="pairs")
+                yield Pairs(is_ascii, "Router's choices", id="pairs")
                 yield Memory(is_ascii, "Memory", id="memory")
                 yield Quality(is_ascii, "Quality", id="quality")
                 yield TimeSplit(is_ascii, "Time", id="time")

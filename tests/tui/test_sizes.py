@@ -97,7 +97,7 @@ async def test_beside_a_chat_everything_is_in_one_column() -> None:
         rows = screen_text(app).splitlines()
         assert all(row[48:].strip() == "" for row in rows[:-1])
         text = "\n".join(rows)
-        assert text.index("Layer 0, expert 0") < text.index("tokens/s  ") < text.index("slots")
+        assert text.index("Layer 0, expert 0") < text.index("hit rate") < text.index("slots")
 
 
 @pytest.mark.parametrize("size", [(20, 5), (48, 30), (80, 24), (120, 40), (200, 60)])

@@ -14,7 +14,7 @@ _GAUGE_WIDTH = 20
 class Headline(Panel):
     """Two lines."""
 
-    rates: reactive[StatsRates | None] = reactive[StatsRates | None](None)
+    rates: reactive[StatsRates | None] = reactive[StatsRates | None](None, repaint=False)
     ended: reactive[str] = reactive("")  # why no frame follows, in words
 
     def watch_ended(self) -> None:

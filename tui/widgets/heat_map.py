@@ -32,7 +32,6 @@ _MOVES = {
     "end": (0, 1 << 20),
 }
 _CHOSEN, _OTHERS = Style(bold=True), Style(dim=True)
-_ARROWS = Binding.Group("cell", compact=True)
 
 
 class HeatMap(ScrollView, can_focus=True):
@@ -40,19 +39,19 @@ class HeatMap(ScrollView, can_focus=True):
 
     ALLOW_SELECT = False
     BINDINGS: ClassVar[list[BindingType]] = [
-        Binding("up", "move('up')", "Layer up", group=_ARROWS),
-        Binding("down", "move('down')", "Layer down", group=_ARROWS),
-        Binding("left", "move('left')", "Expert left", group=_ARROWS),
-        Binding("right", "move('right')", "Expert right", group=_ARROWS),
+        Binding("up", "move('up')", "cell", key_display="arrows"),
+        Binding("down", "move('down')", "Layer down", show=False),
+        Binding("left", "move('left')", "Expert left", show=False),
+        Binding("right", "move('right')", "Expert right", show=False),
         Binding("pageup", "move('pageup')", "Eight layers up", show=False),
         Binding("pagedown", "move('pagedown')", "Eight layers down", show=False),
         Binding("home", "move('home')", "First expert", show=False),
         Binding("end", "move('end')", "Last expert", show=False),
     ]
 
-    grid: reactive[HeatGrid] = reactive(HeatGrid(0), init=False)
-    places: reactive[HeatLayout] = reactive(HeatLayout(0, 0, 1, 1, 1), init=False)
-    chosen: reactive[tuple[int, int]] = reactive((0, 0), init=False)  # layer, expert
+    grid: reactive[HeatGrid] = reactive(HeatGrid(0), init=False, repaint=False)
+    places: reactive[HeatLayout] = reactive(HeatLayout(0, 0, 1, 1, 1), init=False, repaint=False)
+    chosen: reactive[tuple[int, int]] = reactive((0, 0), init=False, repaint=False)  # layer, expert
 
     @dataclass
     class CellShown(Message):

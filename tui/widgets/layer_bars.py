@@ -30,7 +30,7 @@ def layer_shares(stats: StatsSnapshot | None) -> Shares:
 class LayerBars(Widget):
     """Follows the heat map's places and its scrolling."""
 
-    shares: reactive[Shares] = reactive((), init=False)
+    shares: reactive[Shares] = reactive((), init=False, repaint=False)
     places: reactive[HeatLayout] = reactive(HeatLayout(0, 0, 1, 1, 1))
     first_row: reactive[int] = reactive(0)
 

@@ -13,7 +13,7 @@ from tui.words import short_percent
 class Pairs(Panel):
     """The last window's shares; those since loading while nothing is computed."""
 
-    rates: reactive[StatsRates | None] = reactive[StatsRates | None](None)
+    rates: reactive[StatsRates | None] = reactive[StatsRates | None](None, repaint=False)
 
     def text(self, frame: Frame, width: int) -> Content:
         stats = frame.stats

@@ -10,7 +10,7 @@ from runner.client import Frame
 class Panel(Static):
     """Children say in `text` what is in it. What else they show is set before the frame."""
 
-    frame: reactive[Frame | None] = reactive[Frame | None](None)
+    frame: reactive[Frame | None] = reactive[Frame | None](None, repaint=False)
 
     def __init__(self, is_ascii: bool, title: str = "", id: str | None = None) -> None:
         super().__init__(id=id, markup=False)

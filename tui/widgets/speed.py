@@ -18,7 +18,7 @@ _HEADROOM = 1.2  # above the highest value
 class Speed(Panel):
     """Sparklines as high as the panel has room for."""
 
-    trend: reactive[Trend] = reactive[Trend](())
+    trend: reactive[Trend] = reactive[Trend]((), repaint=False)
 
     def text(self, frame: Frame, width: int) -> Content:
         has_cache = frame.stats is not None and bool(frame.stats.n_slots)

@@ -19,7 +19,7 @@ _PARTS = (
 class TimeSplit(Panel):
     """The last window's shares; those since loading while nothing is computed."""
 
-    rates: reactive[StatsRates | None] = reactive[StatsRates | None](None)
+    rates: reactive[StatsRates | None] = reactive[StatsRates | None](None, repaint=False)
 
     def text(self, frame: Frame, width: int) -> Content:
         shares = _shares(self.rates, frame.stats)
