@@ -63,7 +63,7 @@ def screen(columns: int, rows: int) -> str:
                 wait_for(tmux, "answering")
                 wait_for(tmux, "A message")
                 time.sleep(2)
-            return tmux("capture-pane", "-p", "-e")
+            return tmux("capture-pane", "-p", "-e", "-N")
         finally:
             tmux("kill-server")
 
