@@ -218,8 +218,10 @@ class HostPort:
         self._address = array.ctypes.data
         self._n_bytes = array.nbytes
         assert self._n_bytes <= backend.ggml.nbytes(tensor.pointer)
+        self._backend = backend
         self._set = backend.ggml.backend_tensor_set
         self._get = backend.ggml.backend_tensor_get
+        self._get_later = backend.ggml.backend_tensor_get_async
 
     def upload(self) -> None:
         """host -> device"""
@@ -229,3 +231,8 @@ class HostPort:
         """device -> host; returns the array, which the next download overwrites."""
         self._get(self._pointer, self._address, 0, self._n_bytes)
         return self.array
+
+    def download_later(self) -> None:
+        """device -> host in the backend's queue, behind what is in it; the array is filled when
+        `Backend.synchronize` has returned. Beside the host only with pinned memory."""
+        self._get_later(self._backend.handle, self._pointer, self._address, 0, self._n_bytes)

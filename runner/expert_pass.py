@@ -4,7 +4,7 @@ A pass gathers the inputs of its pairs, computes them and puts the outputs where
 finds them. All pairs that an expert has in the batch belong into one pass: see `expert_outputs`.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 
 import numpy as np
@@ -15,6 +15,8 @@ from runner import model
 from runner.device_state import PassTensors
 from runner.model_config import ModelConfig
 from runner.weights import ExpertSlabs
+
+Numbers = np.ndarray | Sequence[int]  # a few integers: lists are faster for one token's pairs
 
 _MAX_NODES = 16
 
@@ -61,7 +63,7 @@ class ExpertPass:
     def lay_out(self, allocator: GraphAllocator) -> None:
         self._graph.lay_out_within(allocator)
 
-    def start(self, pairs: np.ndarray, slots: np.ndarray) -> None:
+    def start(self, pairs: Numbers, slots: Numbers) -> None:
         """Begin to compute pairs (n_pairs,), each token * n_expert_used + rank; slots (n_pairs,).
 
         `Backend.synchronize` waits for the end.
@@ -118,8 +120,8 @@ class PassSet:
     def run(
         self,
         layer: int,
-        pairs: np.ndarray,
-        slots: np.ndarray,
+        pairs: Numbers,
+        slots: Numbers,
         n_tokens: int,
         meanwhile: Callable[[], None] = lambda: None,
     ) -> None:
