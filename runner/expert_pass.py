@@ -9,7 +9,7 @@ from contextlib import ExitStack
 
 import numpy as np
 
-from quant.ggml import Backend, GraphAllocator
+from quant.ggml import Backend, GraphAllocator, Tensor
 from quant.graph import Graph, HostPort
 from runner import model
 from runner.device_state import PassTensors
@@ -45,9 +45,9 @@ class ExpertPass:
         outputs = model.expert_outputs(g, slabs, x, slot_ids)
         rows = g.reshape_2d(outputs, config.n_embd, n_pairs)
         g.expand(g.set_rows(tensors.outputs, rows, g.matrix(tensors.pairs, n_pairs, 1)))
-        self._tokens = HostPort(backend, tensors.tokens, np.zeros(n_pairs, np.int32))
-        self._slots = HostPort(backend, tensors.slots, np.zeros(n_pairs, np.int32))
-        self._pairs = HostPort(backend, tensors.pairs, np.zeros(n_pairs, np.int64))
+        self._tokens = _port(backend, tensors.tokens, n_pairs, np.int32)
+        self._slots = _port(backend, tensors.slots, n_pairs, np.int32)
+        self._pairs = _port(backend, tensors.pairs, n_pairs, np.int64)
         self._n_expert_used = config.n_expert_used
 
     def close(self) -> None:
@@ -76,6 +76,12 @@ class ExpertPass:
             np.floor_divide(pairs, self._n_expert_used, out=self._tokens.array, casting="unsafe")
             self._tokens.upload()
         self._graph.start()
+
+
+def _port(backend: Backend, tensor: Tensor, n: int, kind: type[np.generic]) -> HostPort:
+    if backend.is_host:
+        return HostPort(backend, tensor, backend.view(tensor).view(kind)[:n])
+    return HostPort(backend, tensor, np.zeros(n, kind))
 
 
 class PassSet:

@@ -12,6 +12,7 @@ import numpy as np
 
 from quant.ggml import Context, GraphAllocator
 from quant.ggml_types import GGML_TYPES_BY_NAME
+from quant.graph import HostPort
 from runner.device_state import EngineParts, PassTensors
 from runner.expert_pass import Numbers, PassSet
 
@@ -131,7 +132,8 @@ class _HostMemory:
             self._owned = owned.pop_all()
         row = (-1, config.n_embd)
         self._inputs = host.view(ffn_input).view(np.float32).reshape(row)
-        self._outputs = host.view(self.tensors.outputs).view(np.float32).reshape(row)
+        outputs = host.view(self.tensors.outputs).view(np.float32).reshape(row)
+        self._outputs = HostPort(parts.backend, parts.state.passes.outputs, outputs)
 
     def close(self) -> None:
         self._owned.close()
@@ -154,6 +156,5 @@ class _HostMemory:
 
     def _deliver_run(self, first: int, last: int) -> None:
         """Pairs that lie side by side."""
-        outputs = self._outputs[first : last + 1]
-        target = self._parts.state.passes.outputs
-        self._parts.backend.write(target, outputs, first * self._outputs.strides[0])
+        n_bytes = self._outputs.array.strides[0]  # of one pair
+        self._outputs.upload_part(first * n_bytes, (last + 1 - first) * n_bytes)

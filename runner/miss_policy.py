@@ -40,6 +40,7 @@ __all__ = [
     "random",
     "resident",
     "router",
+    "served",
     "similar",
 ]
 
@@ -107,7 +108,13 @@ def exact_plan(
 
     Shapes as in `missing_experts`. Those in `on_host` are computed there, the others loaded.
     """
-    missing = missing_experts(expert_ids, slot_of)
+    return served(expert_ids, missing_experts(expert_ids, slot_of), on_host)
+
+
+def served(
+    expert_ids: np.ndarray, missing: tuple[int, ...], on_host: frozenset[int]
+) -> RoutingPlan:
+    """The same where the batch's `missing_experts` are known."""
     if not missing:
         return all_resident(expert_ids)
     loads = tuple(expert for expert in missing if expert not in on_host)

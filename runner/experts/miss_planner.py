@@ -65,7 +65,7 @@ class MissPlanner:
         if not self.counts_weight:
             missing = miss_policy.missing_experts(expert_ids, slot_of)
             on_host = self._to_compute_on_host(layer, expert_ids, missing)
-            return miss_policy.exact_plan(expert_ids, slot_of, on_host)
+            return miss_policy.served(expert_ids, missing, on_host)
         is_resident = slot_of >= 0
         if is_resident[expert_ids].all():
             return self.plan_of_all(expert_ids)

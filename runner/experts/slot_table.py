@@ -37,6 +37,7 @@ class SlotTable:
         self._favourites: list[list[int]] | None = None
         self._n_resident = [0] * len(n_slots)
         self._n_tokens = [0] * len(n_slots)
+        self._least: list[float | None] = [None] * len(n_slots)  # see `least_recent_uses`
 
     # what is asked for
 
@@ -48,6 +49,7 @@ class SlotTable:
             self.frequency[layer] *= 2.0 ** -(clock / LFU_HALF_LIFE)
             self.last_used[layer] -= clock
             self._n_tokens[layer] = clock = 0
+            self._least[layer] = None
         increment = 2.0 ** (clock / LFU_HALF_LIFE)
         self._n_tokens[layer] += n_tokens
         if n_tokens == 1:  # an expert comes at most once in a token
@@ -84,6 +86,7 @@ class SlotTable:
         them.
         """
         self.frequency[:] = frequency
+        self._least = [None] * len(self.n_slots)
         ranked = np.argsort(-frequency, axis=1, kind="stable")
         self._favourites = [
             ranked[layer, :n_slots].tolist() for layer, n_slots in enumerate(self.n_slots)
@@ -108,9 +111,22 @@ class SlotTable:
 
     def recent_uses(self, layer: int, expert: int) -> float:
         """How often an expert was asked for, older tokens counting less: see `LFU_HALF_LIFE`."""
-        return float(
-            self.frequency[layer, expert] * 2.0 ** -(self._n_tokens[layer] / LFU_HALF_LIFE)
-        )
+        return float(self.frequency[layer, expert]) * self._age(layer)
+
+    def least_recent_uses(self, layer: int) -> float:
+        """No resident has fewer `recent_uses`; 0.0 with an empty slot. Quick, and may be too low:
+        what was added since `next_victim` looked is left out."""
+        if self.has_empty(layer):
+            return 0.0
+        least = self._least[layer]
+        if least is None:
+            least = float(self.frequency[layer, self.residents(layer)].min())
+            self._least[layer] = least
+        return least * self._age(layer)
+
+    def _age(self, layer: int) -> float:
+        """What an aged count is multiplied with to be one of uses."""
+        return float(2.0 ** -(self._n_tokens[layer] / LFU_HALF_LIFE))
 
     # what is where
 
@@ -157,6 +173,7 @@ class SlotTable:
 
     def next_victim(self, layer: int) -> int | None:
         """Who leaves at the next `take`: a resident, or EMPTY; None where it would find no slot."""
+        self._least[layer] = None
         slots = self._takeable(layer)
         if not slots:
             return None
@@ -188,6 +205,7 @@ class SlotTable:
         self.slot_of[layer, expert] = slot
         self.expert_in[layer, slot] = expert
         self._n_resident[layer] += 1
+        self._least[layer] = None
         if self._is_worth_a_pin(layer, expert):
             self._pinned[layer, slot] = True
 

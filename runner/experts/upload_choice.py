@@ -23,7 +23,8 @@ def expert_to_upload(
     best = max(on_host, key=lambda expert: table.recent_uses(layer, expert))
     n_uses = table.recent_uses(layer, best)
     saved_s_per_byte = costs.host_s_per_byte - costs.slot_s_per_byte
-    if n_uses * saved_s_per_byte <= costs.read_s_per_byte:  # whoever would leave
+    n_most_gained = n_uses - table.least_recent_uses(layer)  # whoever would leave
+    if n_most_gained <= 0.0 or n_most_gained * saved_s_per_byte <= costs.read_s_per_byte:
         return None
     victim = table.next_victim(layer)
     if victim is None:

@@ -53,8 +53,9 @@ def test_who_would_leave_is_asked_only_where_an_upload_can_pay(
     table, asked = table_of([9, 2, 7, 0], residents=[0, 1]), []
     find = table.next_victim
     monkeypatch.setattr(table, "next_victim", lambda layer: asked.append(layer) or find(layer))
-    assert choose(table, [2], read=7.0) is None and not asked, "not even for an empty slot"
-    assert choose(table, [2], read=6.5) is None and asked == [0]
+    assert choose(table, [2], read=5.0) is None and not asked, "2 uses less, whoever leaves"
+    table.pin(0, [1])
+    assert choose(table, [2], read=4.75) is None and asked == [0], "but expert 1 cannot leave"
 
 
 def test_what_a_use_saves_is_the_host_s_time_without_the_device_s() -> None:
