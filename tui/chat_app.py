@@ -53,7 +53,7 @@ def open_chat(request: ChatRequest) -> None:
 class ChatScreen(Screen[None]):
     """The conversation and the monitor."""
 
-    HORIZONTAL_BREAKPOINTS: ClassVar[list[tuple[int, str]]] = [(0, "-narrow"), (WIDE, "-wide")]
+    HORIZONTAL_BREAKPOINTS = [(0, "-narrow"), (WIDE, "-wide")]  # noqa: RUF012
     VERTICAL_BREAKPOINTS: ClassVar[list[tuple[int, str]]] = [
         (0, "-flat"),
         (_LOW, "-low"),
@@ -178,6 +178,7 @@ class ChatApp(App[None]):
         if self._request.first_message:
             self.pane.ask(self._request.first_message)
         self._reader = ScreenReader(self._request.history, self.pane.feed)
+        self.pane.log_view.warm_up()
         # What is there now stays: to look for garbage in it takes 0.1 s, and keys would wait.
         gc.collect()
         gc.freeze()

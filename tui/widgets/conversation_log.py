@@ -112,6 +112,13 @@ class ConversationLog(ScrollView, can_focus=True):
         self._follows = True
         self.scroll_end(animate=False, immediate=True)
 
+    def warm_up(self) -> None:
+        """Let Rich and Pygments load what they load late: with the first code in an answer it
+        would take longer than a key may wait."""
+        assert self._layout is not None
+        for code in ("```python\n1\n```", "| a |\n|---|\n| b |"):
+            self._layout.lines(code, Kind.ANSWER, 80)
+
     def turn_page(self, n_pages: int) -> None:
         """Go up (-1) or down (1) by what is in sight."""
         n_lines = max(self.size.height - 1, 1)
