@@ -54,11 +54,7 @@ class ChatScreen(Screen[None]):
     """The conversation and the monitor."""
 
     HORIZONTAL_BREAKPOINTS = [(0, "-narrow"), (WIDE, "-wide")]  # noqa: RUF012
-    VERTICAL_BREAKPOINTS: ClassVar[list[tuple[int, str]]] = [
-        (0, "-flat"),
-        (_LOW, "-low"),
-        (_MIDDLE, "-high"),
-    ]
+    VERTICAL_BREAKPOINTS = [(0, "-flat"), (_LOW, "-low"), (_MIDDLE, "-high")]  # noqa: RUF012
     BINDINGS: ClassVar[list[BindingType]] = [
         Binding("f1", "help", "Help"),
         Binding("f2", "monitor", "Monitor"),
