@@ -24,7 +24,6 @@ from runner.device_state import BatchShape
 from runner.devices import choose_device
 from runner.engine_limits import choose_limits
 from runner.errors import CancelledError, OutOfMemoryError
-from runner.expert_counts import Grid
 from runner.experts.cache_plan import CachePlan, plan_cache
 from runner.experts.device_plan import plan_device, with_fewer_slots
 from runner.experts.expert_runner import ExpertRunner
@@ -243,15 +242,13 @@ class Engine:
     def snapshot(self, with_experts: bool = False) -> StatsSnapshot:
         """The counters so far; from any thread. with_experts: those of every expert too."""
         if self._cache is None:
-            used: Grid | None = () if with_experts else None
-            return self._stats.snapshot(self.n_past, self.n_ctx, used=used)
+            return self._stats.snapshot(self.n_past, self.n_ctx, with_experts=with_experts)
         table = self._cache.table
         residency = tuple(
             tuple(row[:n].tolist()) for row, n in zip(table.expert_in, table.n_slots, strict=True)
         )
-        used = tuple(map(tuple, table.n_uses.tolist())) if with_experts else None
         n_evicted = tuple(table.n_evicted)
-        return self._stats.snapshot(self.n_past, self.n_ctx, residency, n_evicted, used)
+        return self._stats.snapshot(self.n_past, self.n_ctx, residency, n_evicted, with_experts)
 
     # generating
 
@@ -439,7 +436,8 @@ class Engine:
             residency = self._parts.residency
             if experts is None:
                 graph.run_whole(is_restricted=False)
-                return [miss_policy.all_hits(self.model_config.n_expert_used)] * n_layer
+                chosen = graph.chosen()
+                return [miss_policy.all_resident(chosen[i : i + 1]) for i in range(n_layer)]
             if residency is not None and experts.can_run_whole(n_tokens):
                 return experts.run_whole(graph, residency)
         plans = []

@@ -4,7 +4,6 @@ Knows neither cache nor policy: it is told which experts a router chose and who 
 """
 
 from collections import Counter
-from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -21,7 +20,7 @@ Grid = tuple[tuple[int, ...], ...]  # (n_layer, n_expert)
 class ExpertCounts:
     """Counts since the model was loaded, (n_layer, n_expert); all layers with experts."""
 
-    used: Grid  # pairs that the router chose the expert for; () where nobody counts them
+    used: Grid  # pairs that the router chose the expert for
     missed: Grid  # of these, pairs that it did not compute from a slot it was in already
     substituted: Grid  # of these, pairs that another expert computed, or none
     stood_in: Grid  # pairs that it computed for another
@@ -35,6 +34,7 @@ class ExpertCounter:
     """Counts; one thread at a time writes and reads."""
 
     def __init__(self, n_layer: int, n_expert: int) -> None:
+        self._used = _zeros(n_layer, n_expert)
         self._missed = _zeros(n_layer, n_expert)
         self._substituted = _zeros(n_layer, n_expert)
         self._stood_in = _zeros(n_layer, n_expert)
@@ -45,33 +45,48 @@ class ExpertCounter:
 
     def record_plan(self, layer: int, plan: "RoutingPlan") -> None:
         """Count a layer's pairs, those of a finished batch."""
-        if plan.chosen is None:  # every pair was a hit
+        if len(plan.experts) == 1:
+            self._record_token(layer, plan)
             return
-        pairs = zip(plan.chosen.ravel().tolist(), plan.experts.ravel().tolist(), strict=True)
+        chosen = plan.experts if plan.chosen is None else plan.chosen
+        pairs = zip(chosen.ravel().tolist(), plan.experts.ravel().tolist(), strict=True)
         missing = {*plan.loads, *plan.on_host}
-        # A Counter's making costs more than the two pairs of one token.
-        counts: Iterable[tuple[tuple[int, int], int]] = (
-            ((pair, 1) for pair in pairs) if len(plan.chosen) == 1 else Counter(pairs).items()
-        )
-        for (expert, by), n in counts:
+        for (expert, by), n in Counter(pairs).items():
+            self._used[layer][expert] += n
             if by != expert:
                 self._record_standin(layer, expert, by, n)
             elif expert in missing:
                 self._missed[layer][expert] += n
 
+    def _record_token(self, layer: int, plan: "RoutingPlan") -> None:
+        """The same, without what only many pairs are worth: every token of an answer passes."""
+        used, experts = self._used[layer], plan.experts[0].tolist()
+        chosen = experts
+        if plan.chosen is not None and plan.chosen is not plan.experts:
+            chosen = plan.chosen[0].tolist()
+        for expert in chosen:
+            used[expert] += 1
+        if plan.chosen is None:  # every pair was a hit
+            return
+        for rank, expert in enumerate(chosen):
+            if experts[rank] != expert:
+                self._record_standin(layer, expert, experts[rank], 1)
+            elif expert in plan.loads or expert in plan.on_host:
+                self._missed[layer][expert] += 1
+
     def record_load(self, layer: int, expert: int) -> None:
         """Count a read of an expert into a slot."""
         self._loaded[layer][expert] += 1
 
-    def counts(self, used: Grid = ()) -> ExpertCounts:
-        """What was counted so far, beside what somebody else counted."""
+    def counts(self) -> ExpertCounts:
+        """What was counted so far."""
         for cell in self._changed:
             self._named[cell] = tuple(
                 (*cell, by, n) for by, n in self._standins[cell].most_common(N_BUDDIES)
             )
         self._changed.clear()
         return ExpertCounts(
-            used=used,
+            used=_frozen(self._used),
             missed=_frozen(self._missed),
             substituted=_frozen(self._substituted),
             stood_in=_frozen(self._stood_in),

@@ -26,7 +26,6 @@ __all__ = [
     "Routing",
     "RoutingPlan",
     "ServedWeight",
-    "all_hits",
     "all_resident",
     "blend",
     "buddymoe",
@@ -80,11 +79,6 @@ class RoutingPlan:
 def all_resident(expert_ids: np.ndarray) -> RoutingPlan:
     """The plan of a layer that has every expert; expert_ids (n_tokens, n_expert_used) int32."""
     return RoutingPlan(expert_ids.copy(), (), (), expert_ids.size, 0, 0)
-
-
-def all_hits(n_expert_used: int) -> RoutingPlan:
-    """The plan of one token in a layer that has every expert, when nobody knows which it chose."""
-    return RoutingPlan(np.empty((1, 0), np.int32), (), (), n_expert_used, 0, 0)
 
 
 def exact_plan(

@@ -10,7 +10,7 @@ from dataclasses import dataclass, fields, replace
 from threading import Lock
 from typing import TYPE_CHECKING, Any
 
-from runner.expert_counts import ExpertCounter, ExpertCounts, Grid
+from runner.expert_counts import ExpertCounter, ExpertCounts
 
 if TYPE_CHECKING:  # the terminal reads snapshots, and needs no numpy for that
     from runner.miss_policy import RoutingPlan
@@ -172,7 +172,8 @@ class StatsRecorder:
         buddy_budget: float = 0.0,
         n_expert: int = 0,
     ) -> None:
-        """n_slots: of each layer's cache, () without one; buddy: the policy, "" and 0 without."""
+        """n_slots: of each layer's cache, () without one; buddy: the policy, "" and 0 without;
+        n_expert: of a layer, 0 = nothing is counted per expert."""
         self._started = time.monotonic()
         self._lock = Lock()
         self._n_slots = n_slots
@@ -191,7 +192,7 @@ class StatsRecorder:
         self._read_ns = 0
         self._n_prefetch_used = 0
         self._n_prefetch_wasted = 0
-        self._experts = ExpertCounter(n_layer, n_expert)
+        self._experts = ExpertCounter(n_layer, n_expert) if n_expert else None
         self._buddy, self._buddy_budget = buddy, buddy_budget
         self._standin_share = 0.0
         self._output_entropy = 0.0
@@ -222,7 +223,8 @@ class StatsRecorder:
                 if plan.weight is not None:
                     for name in _CLASSES:
                         self._weight[name][layer] += getattr(plan.weight, name)
-                self._experts.record_plan(layer, plan)
+                if self._experts is not None:
+                    self._experts.record_plan(layer, plan)
             self._n_routings += len(plans)
             self._n_tokens[is_prompt] += n_tokens
             self._batch_ns[is_prompt] += total_ns
@@ -237,7 +239,7 @@ class StatsRecorder:
         with self._lock:
             self._bytes_read[layer] += n_bytes
             self._read_ns += duration_ns
-            if expert is not None:
+            if expert is not None and self._experts is not None:
                 self._experts.record_load(layer, expert)
 
     def record_prefetch(self, n_used: int, n_wasted: int) -> None:
@@ -278,10 +280,9 @@ class StatsRecorder:
         n_ctx: int,
         residency: tuple[tuple[int, ...], ...] = (),
         n_evicted: tuple[int, ...] = (),
-        used: Grid | None = None,
+        with_experts: bool = False,
     ) -> StatsSnapshot:
-        """The counters now: always of whole batches. used: how often the router chose each expert,
-        when what is counted per expert is asked for."""
+        """The counters now: always of whole batches. with_experts: those of every expert too."""
         with self._lock:
             total_ns = self._batch_ns[True] + self._batch_ns[False]
             return StatsSnapshot(
@@ -323,7 +324,7 @@ class StatsRecorder:
                 verified_kl_max=self._verified_kl_max,
                 verify_s=self._verify_ns / 1e9,
                 uptime_s=time.monotonic() - self._started,
-                experts=self._experts.counts(used) if used is not None else None,
+                experts=self._experts.counts() if with_experts and self._experts else None,
             )
 
 

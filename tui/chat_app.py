@@ -105,7 +105,7 @@ class ChatScreen(Screen[None]):
 class ChatApp(App[None]):
     """Runs one chat."""
 
-    CSS_PATH = "chat.tcss"
+    CSS_PATH = ["app.tcss", "chat.tcss"]
     TITLE = "buddyrun"
     BINDINGS: ClassVar[list[BindingType]] = [
         Binding("ctrl+q", "leave", "Leave", show=False, priority=True),

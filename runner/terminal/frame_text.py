@@ -31,7 +31,7 @@ def frame_text(frame: Frame) -> str:
         ("buddies", _buddies(frame)),
     ]
     parts = [_lines(rows), cache_text(model, stats)]
-    if stats.n_slots and stats.experts is not None and stats.experts.used:
+    if stats.experts is not None and stats.n_pairs:
         parts.append(_usage(stats))
     return "\n".join(parts)
 
@@ -106,9 +106,9 @@ def _usage(stats: StatsSnapshot) -> str:
     """How often each expert was chosen: a row per layer; residents are in brackets."""
     assert stats.experts is not None
     lines = ["experts     a row per layer, darker = chosen more often, [resident]"]
-    for layer, (used, residents) in enumerate(
-        zip(stats.experts.used, stats.residency, strict=True)
-    ):
+    everyone = range(len(stats.experts.used[0]))
+    residency = stats.residency or (everyone,) * len(stats.experts.used)
+    for layer, (used, residents) in enumerate(zip(stats.experts.used, residency, strict=True)):
         most = max(used, default=0)
         cells = "".join(_cell(share(n, most), expert in residents) for expert, n in enumerate(used))
         lines.append(f"layer {layer:<6}{cells}")

@@ -85,8 +85,7 @@ class FakeSession:
         if not self.path:
             raise OptionError("no model is loaded")
         recorder = StatsRecorder(3, (2, 2, 2), n_expert=4)
-        used = ((0, 1, 2, 3),) * 3 if with_experts else None
-        snapshot = recorder.snapshot(self.n_generated, 64, ((0, 1),) * 3, used=used)
+        snapshot = recorder.snapshot(self.n_generated, 64, ((0, 1),) * 3, (), with_experts)
         return replace(snapshot, n_tokens_generated=self.n_generated)
 
     def change(self, wanted):

@@ -39,7 +39,7 @@ def test_a_stand_in_is_named_with_whom_it_stood_in_for() -> None:
     counter = ExpertCounter(1, 4)
     asked = routing((0, 2), (3, 2), (3, 0))
     counter.record_plan(0, plan(given(asked, (0, 1), (0, 1), (DROPPED, 0)), asked))
-    counts = counter.counts(used=((2, 0, 2, 2),))
+    counts = counter.counts()
     assert counts.used == ((2, 0, 2, 2),)
     assert counts.missed == counts.substituted == ((0, 0, 2, 2),)
     assert counts.stood_in == ((1, 2, 0, 0),), "nobody stood in for the dropped pair"
@@ -93,6 +93,24 @@ def test_experts_of_a_real_run_add_up_to_what_its_layers_count(buddy: str) -> No
     if buddy == "drop":
         assert now.experts.buddies
         assert {by for _, _, by, _ in now.experts.buddies} == {DROPPED}
+
+
+@pytest.mark.parametrize("slots", [0, 8])
+def test_choices_are_counted_where_everything_is_resident_too(slots: int) -> None:
+    engines = [
+        Engine(DEMO, EngineConfig(n_ctx=128, moe_cache_slots=n, n_threads=1)) for n in (slots, 3)
+    ]
+    used = []
+    for engine in engines:
+        engine.prefill(list(range(300, 340)))
+        for token in range(400, 420):
+            engine.decode(token)
+        now = engine.snapshot(with_experts=True)
+        engine.close()
+        assert now.experts is not None
+        assert_adds_up(now) if now.residency else None
+        used.append(now.experts.used)
+    assert used[0] == used[1], "as an exact run with misses counts them"
 
 
 def assert_adds_up(now: StatsSnapshot) -> None:

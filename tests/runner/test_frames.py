@@ -18,7 +18,7 @@ def frame(**changes: object) -> Frame:
     stats = replace(
         StatsRecorder(2, (1, 2), n_expert=3).snapshot(3, 64, ((0,), (1, -1)), (0, 0)),
         uptime_s=1.5,
-        experts=replace(counter.counts(((1, 2, 3), (4, 5, 6))), buddies=((1, 2, 0, 7),)),
+        experts=replace(counter.counts(), used=((1, 2, 3), (4, 5, 6)), buddies=((1, 2, 0, 7),)),
     )
     settings = RunSettings(False, "blend", 0.08, False)
     made = Frame(7, 6, "0.1.0", 12.5, "generating", "", 1, 2, 3, settings, stats, INFO)

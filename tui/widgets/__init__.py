@@ -1,1 +1,1 @@
-"""Widgets. They know values and messages, no engine."""
+"""The monitor's widgets. They receive values through reactives and report through messages."""
