@@ -35,6 +35,7 @@ from tui.terminal_state import (
 
 _JOIN_S = 2.0
 WIDE = 100  # columns from which on the monitor is shown beside the chat at once
+_BROAD = 180  # columns from which on the monitor has room for all it can show
 _LOW, _MIDDLE = 9, 30  # rows
 
 
@@ -53,12 +54,8 @@ def open_chat(request: ChatRequest) -> None:
 class ChatScreen(Screen[None]):
     """The conversation and the monitor."""
 
-    HORIZONTAL_BREAKPOINTS: ClassVar[list[tuple[int, str]]] = [(0, "-narrow"), (WIDE, "-wide")]
-    VERTICAL_BREAKPOINTS: ClassVar[list[tuple[int, str]]] = [
-        (0, "-flat"),
-        (_LOW, "-low"),
-        (_MIDDLE, "-high"),
-    ]
+    HORIZONTAL_BREAKPOINTS = [(0, "-narrow"), (WIDE, "-wide"), (_BROAD, "-broad")]  # noqa: RUF012
+    VERTICAL_BREAKPOINTS = [(0, "-flat"), (_LOW, "-low"), (_MIDDLE, "-high")]  # noqa: RUF012
     BINDINGS: ClassVar[list[BindingType]] = [
         Binding("f1", "help", "Help"),
         Binding("f2", "monitor", "Monitor"),
@@ -109,7 +106,7 @@ class ChatScreen(Screen[None]):
 class ChatApp(App[None]):
     """Runs one chat."""
 
-    CSS_PATH = ["app.tcss", "chat.tcss"]
+    CSS_PATH = ["app.tcss", "chat.tcss"]  # noqa: RUF012
     TITLE = "buddyrun"
     BINDINGS: ClassVar[list[BindingType]] = [
         Binding("ctrl+q", "leave", "Leave", show=False, priority=True),
@@ -176,8 +173,9 @@ class ChatApp(App[None]):
 
     def _begin(self) -> None:
         if self._request.first_message:
-            self.pane.ask(self._request.first_message)
+            self.pane.expect_answer()
         self._reader = ScreenReader(self._request.history, self.pane.feed)
+        self.pane.log_view.warm_up()
         # What is there now stays: to look for garbage in it takes 0.1 s, and keys would wait.
         gc.collect()
         gc.freeze()
@@ -192,6 +190,8 @@ class ChatApp(App[None]):
         error: Exception | None = None
         try:
             view.banner(request.info)
+            if request.first_message:
+                view.question(request.first_message)
             chat = Chat(request.client, request.info, request.conversation, view, reader)
             chat.run(request.first_message)
         except ScreenClosedError:
@@ -287,4 +287,4 @@ class ChatApp(App[None]):
     @property
     def _has_monitor(self) -> bool:
         """Whether it is on the screen: a frame may come late, when that is being closed."""
-        return self.monitor.is_attached and self.monitor.is_mounted
+        return self.is_running and self.monitor.is_mounted

@@ -12,26 +12,26 @@ from textual.widgets import Static
 TEXT = '''\
 In the chat
 
-Enter            send the message
-Alt-Enter        break the line; so do Ctrl-J and a \\ at the end
-"""              begin and end a message of several lines
-Up, Down         earlier messages
-Tab              complete a command or a file name
-Esc              stop the answer, also while the prompt is read
-Ctrl-C           clear the message; without one stop the answer, or leave
-Ctrl-D, /bye     leave
-PgUp, PgDn       earlier and later lines; the end is followed again there
-/?               the commands of the chat
+Enter         send the message
+Alt-Enter     break the line; so do Ctrl-J and a \\ at the end
+"""           begin and end a message of several lines
+Up, Down      earlier messages
+Tab           complete a command or a file name
+Esc           stop the answer, also while the prompt is read
+Ctrl-C        clear the message, stop the answer, or leave
+Ctrl-D, /bye  leave
+PgUp, PgDn    earlier and later lines; at the end it follows again
+/?            the commands of the chat
 
 On the screen
 
-F2               show or hide the monitor of the engine
-Shift-Tab        go from the message to the monitor and back; its keys
-                 hold there, and ? explains them
-Ctrl-P           all commands, colours among them
-Ctrl-Z           stop for a while; fg goes on
-mouse            marks text of the conversation, Ctrl-C copies it; with
-                 Shift most terminals mark and copy by themselves
+F2            show or hide the monitor of the engine
+Shift-Tab     go to the monitor and back: its keys hold there,
+              and ? explains them
+Ctrl-P        all commands, colours among them
+Ctrl-Z        stop for a while; fg goes on
+mouse         marks text, Ctrl-C copies it; with Shift most
+              terminals mark and copy by themselves
 '''
 
 

@@ -115,10 +115,14 @@ class ChatPane(Vertical):
 
     def ask(self, text: str) -> None:
         """Show a message of the person and wait for what the chat makes of it."""
-        self.is_waiting, self._is_asked = False, True
+        self.expect_answer()
         self.log_view.add(text, Kind.QUESTION)
         self.log_view.show_open()
         self.log_view.follow()
+
+    def expect_answer(self) -> None:
+        """The chat has a message to answer; until it is done, it waits for no other."""
+        self.is_waiting, self._is_asked = False, True
 
     def hint(self, text: str) -> None:
         """Show a text for a moment."""

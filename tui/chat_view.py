@@ -73,6 +73,10 @@ class ScreenView:
             self.warn(note)
         self._feed.put(Said(HINT, Kind.FIGURES))
 
+    def question(self, text: str) -> None:
+        """A message of the person that was not typed here."""
+        self._feed.put(Said(visible(text), Kind.QUESTION))
+
     def say(self, text: str) -> None:
         """A remark of ours: it may quote names and values from outside."""
         self._feed.put(Said(visible(text), Kind.REMARK))

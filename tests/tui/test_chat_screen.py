@@ -40,7 +40,54 @@ async def test_the_first_message_is_shown_and_answered_at_once() -> None:
     client = FakeClient([["Of course."]])
     async with ChatApp(request(client, first_message="Can you?")).run_test(size=SIZE) as pilot:
         await until_shown(pilot, "Of course.")
-        assert "❯ Can you?" in shown(app_of(pilot))
+        screen = shown(app_of(pilot))
+        assert screen.index("buddyrun") < screen.index("❯ Can you?") < screen.index("Of course.")
+
+
+async def test_shift_tab_goes_to_the_monitor_and_escape_back() -> None:
+    app = ChatApp(request(FakeClient()))
+    async with app.run_test(size=(120, 40)) as pilot:
+        await until_ready(pilot)
+        await pilot.press("shift+tab")
+        assert app.focused is not None and app.monitor in app.focused.ancestors
+        await pilot.press("escape")
+        assert app.pane.input.has_focus
+        await pilot.press("shift+tab", "f2")
+        assert app.pane.input.has_focus
+
+
+async def test_pages_are_turned_and_the_end_is_followed_again_there() -> None:
+    hold = Hold()
+    lines = "".join(f"line {n}\n\n" for n in range(60))
+    app = ChatApp(request(FakeClient([[lines, hold, "the end"]])))
+    async with app.run_test(size=SIZE) as pilot:
+        await until_ready(pilot)
+        await send(pilot, "x")
+        await until_shown(pilot, "line 59")
+        await pilot.press("pageup", "pageup")
+        place = app.pane.log_view.scroll_offset
+        hold.released.set()
+        await until_ready(pilot)
+        assert app.pane.log_view.scroll_offset == place
+        assert "the end" not in shown(app)
+        await pilot.press("pagedown", "pagedown", "pagedown")
+        await until_shown(pilot, "the end")
+        await pilot.resize_terminal(60, 20)
+        await until_shown(pilot, "the end")
+
+
+async def test_marked_text_is_copied() -> None:
+    app = ChatApp(request(FakeClient([["some words to copy"]])))
+    async with app.run_test(size=SIZE) as pilot:
+        await until_ready(pilot)
+        await send(pilot, "x")
+        await until_ready(pilot)
+        row = next(n for n, row in enumerate(shown(app).split("\n")) if "some words" in row)
+        await pilot.mouse_down(offset=(1, row))
+        await pilot.hover(offset=(11, row))
+        await pilot.mouse_up(offset=(11, row))
+        await pilot.press("ctrl+c")
+        assert app.clipboard.strip() == "some words"
 
 
 async def test_a_message_that_is_sent_before_the_chat_is_there_waits_for_it() -> None:

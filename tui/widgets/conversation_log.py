@@ -6,12 +6,10 @@ Follows the end unless the person scrolled up. Knows no chat: it is told what to
 import time
 from bisect import bisect_right
 from dataclasses import dataclass, replace
-from typing import ClassVar
 
 from rich.segment import Segment
 from rich.style import Style
 from textual import events
-from textual.binding import Binding, BindingType
 from textual.cache import LRUCache
 from textual.color import Color, ColorParseError
 from textual.geometry import Size
@@ -39,18 +37,10 @@ class _Part:
     width: int = 0  # for which the height is right
 
 
-class ConversationLog(ScrollView, can_focus=True):
+class ConversationLog(ScrollView, can_focus=False):
     """Shows what was said; scrolls."""
 
     ALLOW_SELECT = True
-    BINDINGS: ClassVar[list[BindingType]] = [
-        Binding("up", "scroll_up", "Up", show=False),
-        Binding("down", "scroll_down", "Down", show=False),
-        Binding("pageup", "page_up", "Page up", show=False),
-        Binding("pagedown", "page_down", "Page down", show=False),
-        Binding("home", "scroll_home", "Begin", show=False),
-        Binding("end", "scroll_end", "End", show=False),
-    ]
 
     def __init__(self, is_ascii: bool = False, id: str | None = None) -> None:
         super().__init__(id=id)
@@ -111,6 +101,13 @@ class ConversationLog(ScrollView, can_focus=True):
         """Go to the end and stay there."""
         self._follows = True
         self.scroll_end(animate=False, immediate=True)
+
+    def warm_up(self) -> None:
+        """Let Rich and Pygments load what they load late: with the first code in an answer it
+        would take longer than a key may wait."""
+        assert self._layout is not None
+        for code in ("```python\n1\n```", "| a |\n|---|\n| b |"):
+            self._layout.lines(code, Kind.ANSWER, 80)
 
     def turn_page(self, n_pages: int) -> None:
         """Go up (-1) or down (1) by what is in sight."""
