@@ -16,6 +16,7 @@ from textual.binding import Binding, BindingType
 from textual.containers import Container
 from textual.message import Message
 from textual.screen import Screen
+from textual.types import CSSPathType
 from textual.widgets import Footer
 
 from runner.client import Chat, ChatRequest, Frame
@@ -53,8 +54,8 @@ def open_chat(request: ChatRequest) -> None:
 class ChatScreen(Screen[None]):
     """The conversation and the monitor."""
 
-    HORIZONTAL_BREAKPOINTS: ClassVar[list[tuple[int, str]]] = [(0, "-narrow"), (WIDE, "-wide")]
-    VERTICAL_BREAKPOINTS: ClassVar[list[tuple[int, str]]] = [
+    HORIZONTAL_BREAKPOINTS = [(0, "-narrow"), (WIDE, "-wide")]  # noqa: RUF012
+    VERTICAL_BREAKPOINTS = [  # noqa: RUF012
         (0, "-flat"),
         (_LOW, "-low"),
         (_MIDDLE, "-high"),
@@ -109,7 +110,7 @@ class ChatScreen(Screen[None]):
 class ChatApp(App[None]):
     """Runs one chat."""
 
-    CSS_PATH = "chat.tcss"
+    CSS_PATH: ClassVar[CSSPathType | None] = ["app.tcss", "chat.tcss"]
     TITLE = "buddyrun"
     BINDINGS: ClassVar[list[BindingType]] = [
         Binding("ctrl+q", "leave", "Leave", show=False, priority=True),
