@@ -87,7 +87,7 @@ def test_a_terminal_is_left_as_it_was_by_a_signal(number: int, tmp_path: Path) -
 
 
 def test_ctrl_z_gives_the_terminal_back_and_fg_goes_on(tmp_path: Path) -> None:
-    with Pane(["bash", "--norc", "-i"], tmp_path) as pane:
+    with Pane(["bash", "--norc", "-i"], tmp_path, PS1="your turn> ") as pane:
         pane.type(" ".join([*TOP, "--replay", str(RECORDING)]), "Enter")
         pane.wait_for("Buddy Demo 29M MoE")
         pane.press("C-z")
@@ -95,5 +95,6 @@ def test_ctrl_z_gives_the_terminal_back_and_fg_goes_on(tmp_path: Path) -> None:
         pane.type("fg", "Enter")
         pane.wait_for("hit rate")
         pane.type("q")
+        pane.wait_for("your turn>", 3)  # at first, when it was stopped, and now
         pane.type("exit", "Enter")
         pane.wait_for_end()
