@@ -10,37 +10,53 @@ from runner.client import ExpertCounts
 
 HALF_LIFE_S = 2.0
 PEAK_HALF_LIFE_S = 20.0  # the brightest colour's meaning changes slowly, or nothing would fade
+_AT_LEAST_EVERY_S = 1.0
 _NOTHING_PER_S = 0.02  # below it a cell is dark
 
+Moment = tuple[ExpertCounts, float]  # counts, seconds
 Grid = Sequence[Sequence[int]]
 NAMES = ("used", "missed", "substituted", "stood_in", "loaded")
 
 
 class Activity:
-    """The rates of the experts in one run; one thread."""
+    """The rates of the experts in one run; one thread.
+
+    A grid is worked out when it is asked for, the others only once a second: of large models each
+    takes a millisecond.
+    """
 
     def __init__(self) -> None:
-        self._counts: ExpertCounts | None = None
-        self._time_s = 0.0
+        self._latest: Moment | None = None
+        self._reached: dict[str, Moment] = {}  # up to when each grid is worked out
         self._rates: dict[str, list[list[float]]] = {}
         self._peaks: dict[str, float] = {}
 
     def add(self, counts: ExpertCounts, time_s: float) -> None:
         """Take the counts of the next moment of the same run."""
-        before, self._counts = self._counts, counts
-        passed_s, self._time_s = time_s - self._time_s, time_s
-        if before is None or passed_s <= 0:
-            return
+        self._latest = counts, time_s
         for name in NAMES:
-            self._add_grid(name, getattr(before, name), getattr(counts, name), passed_s)
+            reached = self._reached.setdefault(name, self._latest)
+            if time_s - reached[1] >= _AT_LEAST_EVERY_S:
+                self._work_out(name)
 
     def rates(self, name: str) -> list[list[float]]:
         """Events per second, (n_layer, n_expert); [] where there is nothing to compare yet."""
+        self._work_out(name)
         return self._rates.get(name, [])
 
     def peak(self, name: str) -> float:
         """The highest rate of the last while."""
+        self._work_out(name)
         return self._peaks.get(name, 0.0)
+
+    def _work_out(self, name: str) -> None:
+        if self._latest is None:
+            return
+        (counts, time_s), (before, before_s) = self._latest, self._reached[name]
+        if time_s > before_s:
+            grids = getattr(before, name), getattr(counts, name)
+            self._add_grid(name, *grids, time_s - before_s)
+            self._reached[name] = self._latest
 
     def _add_grid(self, name: str, before: Grid, now: Grid, passed_s: float) -> None:
         if not now or not before:

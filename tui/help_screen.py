@@ -24,6 +24,7 @@ _KEYS = (
 )
 _TERMS = (
     ("the map", "a row for each layer, a cell for each expert of it"),
+    ("bars beside it", "what became of each layer's choices since the model was loaded"),
     ("slot", "a place in memory for one expert of a layer"),
     ("hit", "the router chose an expert that was in a slot"),
     ("substituted", "another expert, one in a slot, computed in its place"),
@@ -31,7 +32,7 @@ _TERMS = (
     ("loaded", "read into a slot first, which takes the longest"),
     ("dropped", "left out"),
     ("budget", "share of the router's weight, over the last 256 tokens"),
-    ("verified", "steps computed a second time, exactly, and compared; KL 0 is the same"),
+    ("verified", "steps computed again, exactly: KL 0 is equal, same = same token"),
 )
 
 

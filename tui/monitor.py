@@ -40,7 +40,7 @@ from tui.widgets.view_tabs import ViewTabs
 
 _BUDGET_STEP = 0.01
 _DRAWN_EVERY_S = 0.35  # a screen costs some milliseconds, which the engine's threads could use
-_MODES = ("tiny", "narrow", "compact", "full", "wide")
+_MODES = ("tiny", "narrow", "compact", "tall", "full", "wide")
 _BUSY = ("prompt", "generating", "measuring")
 _NOT_MINE = "This buddyrun is only watched. It can be changed where it was started."
 _VIEW_KEYS = Binding.Group("view", compact=True)

@@ -10,8 +10,8 @@ _FULL_WIDTH, _FULL_HEIGHT = 100, 30
 _WIDE_WIDTH, _WIDE_HEIGHT = 160, 45
 _PANELS_WIDTH = 35  # at least, beside the map
 _BARS_WIDTH = 8  # at least, with the gap before them
-_CELL_WIDTHS = {"compact": MAX_CELL_WIDTH, "full": 4, "wide": 6}
-_FIXED_ROWS = {"narrow": 9, "compact": 7, "full": 11, "wide": 12}
+_CELL_WIDTHS = {"compact": MAX_CELL_WIDTH, "tall": MAX_CELL_WIDTH, "full": 4, "wide": 6}
+_FIXED_ROWS = {"narrow": 9, "compact": 7, "tall": 12, "full": 11, "wide": 12}
 """Rows above and below the map: headline, views, legend, the cell's words."""
 
 
@@ -19,7 +19,7 @@ _FIXED_ROWS = {"narrow": 9, "compact": 7, "full": 11, "wide": 12}
 class Room:
     """What fits into a monitor of a size."""
 
-    mode: str  # "tiny", "narrow", "compact", "full", "wide": the name of a style class
+    mode: str  # "tiny", "narrow", "compact", "tall", "full", "wide": the name of a style class
     map_width: int  # of the labels and cells
     cell_width: int  # at most
     n_rows: int  # of text, for the map
@@ -53,4 +53,4 @@ def _mode(width: int, height: int) -> str:
         return "wide"
     if width >= _FULL_WIDTH and height >= _FULL_HEIGHT:
         return "full"
-    return "compact"
+    return "tall" if height >= _FULL_HEIGHT else "compact"

@@ -22,6 +22,7 @@ class TopApp(App[None]):
     BINDINGS: ClassVar[list[BindingType]] = [
         Binding("q", "quit", "quit"),
         Binding("f1", "help", "help", show=False),
+        Binding("ctrl+z", "suspend_process", "suspend", show=False),
     ]
 
     def __init__(self, request: MonitorRequest, find_running: Find = find_all) -> None:

@@ -52,3 +52,14 @@ def test_what_nobody_counts_has_no_rates() -> None:
     activity.add(counts(0), 0.0)
     activity.add(counts(1), 1.0)
     assert activity.rates("used") == []
+
+
+def test_a_grid_that_nobody_looked_at_is_as_fresh_as_one_that_was_watched() -> None:
+    watched, unwatched = Activity(), Activity()
+    for n in range(400):
+        moment = counts(n * n // 100, n), n / 5
+        for activity in (watched, unwatched):
+            activity.add(*moment)
+        watched.rates("missed")
+    assert unwatched.rates("missed")[0] == pytest.approx(watched.rates("missed")[0], rel=0.05)
+    assert unwatched.peak("missed") == pytest.approx(watched.peak("missed"), rel=0.05)

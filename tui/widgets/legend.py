@@ -22,6 +22,23 @@ class Legend(Static):
     def __init__(self, is_ascii: bool, id: str | None = None) -> None:
         super().__init__(id=id, markup=False)
         self._is_ascii = is_ascii
+        self._n_lines = 1
+
+    def watch_grid(self) -> None:
+        self._fit()
+
+    def watch_places(self) -> None:
+        self._fit()
+
+    def on_resize(self) -> None:
+        self._fit()
+
+    def _fit(self) -> None:
+        """Take as many lines as the words need; they seldom change."""
+        n_lines = self.render().plain.count("\n") + 1
+        if n_lines != self._n_lines:
+            self._n_lines = n_lines
+            self.refresh(layout=True)
 
     def render(self) -> Content:
         if self.grid.remark:

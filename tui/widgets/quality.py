@@ -62,5 +62,5 @@ class Quality(Panel):
         if not stats.n_verified:
             return []
         same = percent(stats.verified_agreement)
-        words = f"KL {stats.verified_kl:.4f}, same token {same} of {stats.n_verified:,}"
+        words = f"KL {stats.verified_kl:.4f}, same {same} of {stats.n_verified:,}"
         return [label("verified") + Content(words)]
