@@ -19,6 +19,14 @@ from runner.terminal.command_group import DefaultGroup, FlagCommand, SectionedCo
 from runner.terminal.device_options import DEVICE_FLAGS, SHOW_DEVICE_FLAGS
 from runner.terminal.expert_options import EXPERT_FLAGS, EXPERT_PLAN_FLAGS, planned_cache
 from runner.terminal.frontier_options import FRONTIER_FLAGS, flags_without_meaning
+from runner.terminal.hub_options import (
+    HF_REPO_FLAG,
+    HUB_FLAGS,
+    LIST_PARAMS,
+    MODEL,
+    PULL_PARAMS,
+    REMOVE_PARAMS,
+)
 from runner.terminal.perplexity_options import PERPLEXITY_FLAGS
 from runner.terminal.profile_options import PROFILE_FLAGS
 from runner.terminal.terminal_text import visible
@@ -136,10 +144,15 @@ def _run_command(**params: Any) -> None:
     words = list(params["words"])
     context = click.get_current_context()
     params |= options.settled_rivals(context)
-    if not options.is_on_command_line(context, "model") and words:
-        params["model"] = words.pop(0)
-    if not params["model"]:
+    is_named = [options.is_on_command_line(context, name) for name in ("model", "hf_repo")]
+    if all(is_named):
+        raise click.UsageError("Give the model either with -m or with -hf, not both.", context)
+    if not any(is_named) and words:
+        params["model"], params["hf_repo"] = words.pop(0), None
+    if not params["model"] and not params["hf_repo"]:
         raise click.UsageError("Missing MODEL, the path of a GGUF file.", context)
+    if is_named[0]:
+        params["hf_repo"] = None
     run_model(params, words, os.environ, sorted(commands.commands))
 
 
@@ -155,7 +168,7 @@ def _demo_command(**params: Any) -> None:
 def _show_command(**params: Any) -> None:
     from runner.terminal.run_command import show_model
 
-    show_model(_chosen_model(params), params["as_json"], params["template"], planned_cache(params))
+    show_model(_chosen_model(params), params, params["as_json"], planned_cache(params))
 
 
 def _bench_command(**params: Any) -> None:
@@ -193,6 +206,31 @@ def _doctor_command(**params: Any) -> None:
     click.get_current_context().exit(examine_machine(params, os.environ))
 
 
+def _pull_command(**params: Any) -> None:
+    from runner.terminal.pull_command import pull_model
+
+    context = click.get_current_context()
+    if not params["word"] and not params["hf_repo"]:
+        raise click.UsageError("Missing NAME, such as user/repo:Q4_K_M.", context)
+    if params["word"]:
+        if options.is_on_command_line(context, "hf_repo"):
+            raise click.UsageError("Give the model either as NAME or with -hf.", context)
+        params["hf_repo"] = None
+    context.exit(0 if pull_model(params) else EXIT_PROBLEM)
+
+
+def _list_command(**params: Any) -> None:
+    from runner.terminal.models_command import list_models
+
+    list_models(params["folders"], params["as_json"])
+
+
+def _remove_command(**params: Any) -> None:
+    from runner.terminal.models_command import remove_model
+
+    remove_model(params["word"], params["yes"], params["as_json"])
+
+
 def _chosen_model(params: Params) -> str:
     context = click.get_current_context()
     if params["word"] and options.is_on_command_line(context, "model"):
@@ -223,7 +261,7 @@ _BENCH_SECTIONS = (
 
 def _chat_command(name: str, help: str, callback: Any, words: str, flags: Any) -> click.Command:
     sections = (("Model", flags), *_CHAT_SECTIONS) if flags else _CHAT_SECTIONS
-    argument = click.Argument(["words"], nargs=-1, metavar=words, type=options.FILE)
+    argument = click.Argument(["words"], nargs=-1, metavar=words, type=MODEL)
     params = [argument, *(param for _, section in sections for param in section)]
     short = help.partition(";")[0].partition(". ")[0].removesuffix(".")
     command = SectionedCommand(name, params=params, callback=callback, help=help, short_help=short)
@@ -234,7 +272,7 @@ def _chat_command(name: str, help: str, callback: Any, words: str, flags: Any) -
 _bench = SectionedCommand(
     "bench",
     params=[
-        click.Argument(["word"], required=False, metavar="MODEL", type=options.FILE),
+        click.Argument(["word"], required=False, metavar="MODEL", type=MODEL),
         *(param for _, section in _BENCH_SECTIONS for param in section),
         options.VERBOSE_FLAG,
     ],
@@ -268,7 +306,7 @@ commands = DefaultGroup(
             " PROMPT, or text piped in, answer once and exit.",
             _run_command,
             "MODEL [PROMPT]...",
-            (options.MODEL_FLAG,),
+            (options.MODEL_FLAG, HF_REPO_FLAG, *HUB_FLAGS),
         ),
         _chat_command(
             "demo",
@@ -280,10 +318,11 @@ commands = DefaultGroup(
         FlagCommand(
             "show",
             params=[
-                click.Argument(["word"], required=False, metavar="MODEL", type=options.FILE),
+                click.Argument(["word"], required=False, metavar="MODEL", type=MODEL),
                 options.MODEL_FLAG,
                 options.switch("--json", "as_json", help="Print JSON."),
                 options.switch("--template", "template", help="Print the chat template too."),
+                *HUB_FLAGS,
                 *SHOW_DEVICE_FLAGS,
                 *EXPERT_PLAN_FLAGS,
                 options.CTX_SIZE_FLAG,
@@ -292,13 +331,43 @@ commands = DefaultGroup(
             ],
             callback=_show_command,
             short_help="Print a model's architecture, types and sizes",
-            help="Print a model's architecture, types and sizes.",
+            help="Print a model's architecture, types and sizes. Of a model on a hub,"
+            " user/repo:QUANT, only the header is fetched.",
+        ),
+        FlagCommand(
+            "pull",
+            params=[*PULL_PARAMS],
+            callback=_pull_command,
+            short_help="Fetch a model from a hub",
+            help="Fetch the model NAME, user/repo or user/repo:QUANT, from a hub into the Hugging"
+            " Face cache, which other programs share. Without QUANT that is Q4_K_M, else Q8_0,"
+            " else the first. First its header is read, and what cannot be run here is refused."
+            " What was cut off is continued by the same command.",
+        ),
+        *(
+            FlagCommand(
+                name,
+                params=[*LIST_PARAMS],
+                callback=_list_command,
+                hidden=name == "ls",
+                short_help="List the models on this machine",
+                help="List the models in the Hugging Face cache, and those in each FOLDER.",
+            )
+            for name in ("list", "ls")
+        ),
+        FlagCommand(
+            "rm",
+            params=[*REMOVE_PARAMS],
+            callback=_remove_command,
+            short_help="Remove a model from the cache",
+            help="Remove the model NAME, user/repo:QUANT, from the Hugging Face cache; without"
+            " QUANT all models of the repository and what cut-off downloads left of it.",
         ),
         _bench,
         FlagCommand(
             "perplexity",
             params=[
-                click.Argument(["word"], required=False, metavar="MODEL", type=options.FILE),
+                click.Argument(["word"], required=False, metavar="MODEL", type=MODEL),
                 options.MODEL_FLAG,
                 *PERPLEXITY_FLAGS,
                 *DEVICE_FLAGS,
@@ -315,7 +384,7 @@ commands = DefaultGroup(
         FlagCommand(
             "profile",
             params=[
-                click.Argument(["word"], required=False, metavar="MODEL", type=options.FILE),
+                click.Argument(["word"], required=False, metavar="MODEL", type=MODEL),
                 options.MODEL_FLAG,
                 *PROFILE_FLAGS,
                 *EXPERT_FLAGS,

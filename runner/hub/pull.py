@@ -5,7 +5,7 @@ from pathlib import Path
 
 from runner.hub.model_name import ModelName
 from runner.hub.places import CachePlace, FolderPlace, Place
-from runner.hub.repo_files import Contents, Variant, choose
+from runner.hub.repo_files import Contents, RepoFile, Variant, choose
 from runner.hub.repository import Hub
 
 
@@ -36,13 +36,11 @@ def plan_pull(hub: Hub, name: ModelName, local_dir: Path | None = None) -> PullP
 def _missing_bytes(place: Place, variant: Variant) -> int:
     """How much is to come; files with the same bytes come once."""
     missing = {file.hash: file for file in variant.files if not place.is_there(file)}
-    return sum(
-        max(0, file.n_bytes - _partial_bytes(place.partial(file))) for file in missing.values()
-    )
+    return sum(_bytes_to_come(place, file) for file in missing.values())
 
 
-def _partial_bytes(path: Path) -> int:
+def _bytes_to_come(place: Place, file: RepoFile) -> int:
     try:
-        return path.stat().st_size
+        return max(0, file.n_bytes - place.partial(file).stat().st_size)
     except OSError:
-        return 0
+        return file.n_bytes

@@ -3,6 +3,7 @@
 huggingface-hub reads HF_ENDPOINT, HF_HOME, HF_TOKEN and their kin when it is imported.
 """
 
+import logging
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -40,6 +41,8 @@ class Hub:
 
     def __init__(self, token: str | None = None) -> None:
         """token: None = the one of HF_TOKEN or of `hf auth login`, if any."""
+        # Its warnings hold what servers say, and would go to the terminal as they are.
+        logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
         self._token = token
         self._api = HfApi(token=token, library_name="buddyrun", library_version=version())
 

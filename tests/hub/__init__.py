@@ -1,0 +1,1 @@
+"""A hub on this machine, and what is built on it."""
