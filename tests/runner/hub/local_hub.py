@@ -207,12 +207,15 @@ class _Handler(BaseHTTPRequestHandler):
         headers = {"X-Error-Code": code, "X-Error-Message": message or code}
         self.send(status, body, headers, "application/json")
 
-    def hang_up(self) -> None:
-        """Break the connection without a goodbye."""
-        linger = struct.pack("ii", 1, 0)
-        self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, linger)
-        self.wfile.flush()
-        self.connection.close()
+    def hang_up(self, is_abrupt: bool = True) -> None:
+        """End the connection; abruptly = what is on its way is lost too."""
+        if is_abrupt:
+            linger = struct.pack("ii", 1, 0)
+            self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, linger)
+            self.rfile.close()
+            self.connection.close()
+        else:
+            self.connection.shutdown(socket.SHUT_WR)
         self.close_connection = True
 
 
@@ -338,15 +341,15 @@ class _CdnHandler(_Handler):
         self.send_response(status)
         for name, value in {**headers, "ETag": '"of-the-cdn"'}.items():
             self.send_header(name, value)
-        n_sent = fault.at % len(body) if fault and kind in ("short", "less") else len(body)
+        n_sent = fault.at % len(body) if fault and kind in ("short", "less", "reset") else len(body)
         length = n_sent if kind == "less" else len(body)
         self.send_header("Content-Length", str(length))
         self.end_headers()
         for part in _parts(body[:n_sent], self.hub):
             self.wfile.write(part)
             self.hub.count(len(part))
-        if kind == "short":
-            self.hang_up()
+        if kind in ("short", "reset"):
+            self.hang_up(is_abrupt=kind == "reset")
         return None
 
     def data(self) -> bytes | None:

@@ -1,1 +1,0 @@
-"""A hub on this machine, and what is built on it."""
