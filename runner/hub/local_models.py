@@ -3,6 +3,7 @@
 Reads headers only, and asks no hub.
 """
 
+import shutil
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -80,7 +81,7 @@ def remove(removal: Removal) -> None:
     folder = repo_folder(removal.repo).resolve()
     wanted = {folder / part for part in removal.parts}
     cache = scan_cache_dir()
-    files = [
+    chosen = [
         file
         for repo in cache.repos
         if repo.repo_path == folder
@@ -88,13 +89,16 @@ def remove(removal: Removal) -> None:
         for file in revision.files
         if file.file_path in wanted
     ]
-    others = wanted - {file.file_path for file in files}
-    if any(path.parent.name != "blobs" for path in others):
+    partials = wanted - {file.file_path for file in chosen}
+    if any(path.parent.name != "blobs" for path in partials):
         reasons = "; ".join(str(warning) for warning in cache.warnings)
         raise HubError(f"{folder} is no sound part of the cache: {reasons or 'it changed'}")
-    cache.delete_files(*files).execute()
-    for path in others:
+    for path in partials:
         path.unlink(missing_ok=True)
+    cache.delete_files(*chosen).execute()
+    left = (path for part in ("blobs", "snapshots") for path in (folder / part).rglob("*"))
+    if all(path.is_dir() for path in left):
+        shutil.rmtree(folder)
 
 
 def _models_in(folder: Path) -> Iterator[Path]:

@@ -9,10 +9,13 @@ from quant.errors import GGUFError
 from quant.gguf_file import GGUFFile
 from runner.byte_sizes import bytes_text, range_text
 from runner.checks.read_model import read_shape
-from runner.config import EngineConfig
+from runner.config import DEVICE_AUTO, DEVICE_CPU, EngineConfig
 from runner.errors import ModelError, OptionError
 from runner.hub.places import free_bytes
 from runner.hub.pull import PullPlan
+from runner.hub.remote_header import open_remote
+from runner.hub.repository import Hub
+from runner.model_config import ModelConfig
 from runner.show import ExpertCache, ModelDescription, ReportedDevice, describe
 
 DISK_RESERVE_BYTES = 256 << 20  # left free for the rest of the system
@@ -42,8 +45,8 @@ class Preflight:
     notes: tuple[str, ...]
 
 
-def check(plan: PullPlan, header: GGUFFile, device: ReportedDevice | None) -> Preflight:
-    """Judge a model by its header and this machine."""
+def check(hub: Hub, plan: PullPlan, device: ReportedDevice | None) -> Preflight:
+    """Judge a model by its header on the hub and this machine. Raises HubError."""
     free = free_bytes(plan.place.folder)
     result = Preflight(
         model=None,
@@ -55,10 +58,16 @@ def check(plan: PullPlan, header: GGUFFile, device: ReportedDevice | None) -> Pr
         notes=(),
     )
     try:
-        config = read_shape(header)
+        with open_remote(hub, plan.contents, plan.variant) as header:
+            return _with_model(result, header, read_shape(header), device)
     except (ModelError, GGUFError) as error:
         return replace(result, refusals=(f"buddyrun cannot run it: {error}", *result.refusals))
-    run_config = EngineConfig(device="auto" if device else "cpu")
+
+
+def _with_model(
+    result: Preflight, header: GGUFFile, config: ModelConfig, device: ReportedDevice | None
+) -> Preflight:
+    run_config = EngineConfig(device=DEVICE_AUTO if device else DEVICE_CPU)
     try:
         model = describe(header, config, run_config=run_config, device=device)
     except OptionError as error:

@@ -123,13 +123,9 @@ def _planned(
     """What is to come, and how it would run; None when nothing is missing."""
     from runner.hub.preflight import check
     from runner.hub.pull import plan_pull
-    from runner.hub.remote_header import open_remote
 
     plan = plan_pull(hub, name, folder)
-    if not plan.missing_bytes:
-        return plan, None
-    with open_remote(hub, plan.contents, plan.variant) as header:
-        return plan, check(plan, header, _device())
+    return plan, check(hub, plan, _device()) if plan.missing_bytes else None
 
 
 def _device() -> "ReportedDevice | None":

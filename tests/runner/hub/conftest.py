@@ -43,3 +43,4 @@ def hub_is_well(hub: LocalHub) -> None:
     hub.always.clear()
     hub.requests.clear()
     hub.bytes_per_s = 0.0
+    hub.n_sent = 0

@@ -65,11 +65,7 @@ class ForkServer:
         """Wait for the child that was started last."""
         self._tell({"wait": True})
         status = int(self._hear()["status"])
-        out, err = (self._output.with_suffix(f".{end}") for end in ("out", "err"))
-        done = Done(status, out.read_text(), err.read_text())
-        out.unlink()
-        err.unlink()
-        return done
+        return Done(status, self._printed("out"), self._printed("err"))
 
     def __enter__(self) -> Self:
         return self
@@ -88,6 +84,12 @@ class ForkServer:
     @property
     def _output(self) -> Path:
         return self._folder / f"child-{self._process.pid}-{self._n_started}"
+
+    def _printed(self, ending: str) -> str:
+        path = self._output.with_suffix(f".{ending}")
+        text = path.read_text() if path.exists() else ""  # killed before it printed
+        path.unlink(missing_ok=True)
+        return text
 
     def _tell(self, message: Mapping[str, Any]) -> None:
         assert self._process.stdin

@@ -21,7 +21,7 @@ from typing import Any, Self
 from urllib.parse import parse_qs, quote, unquote, urlsplit
 
 COMMIT = "c0ffee" + "0" * 34
-_CHUNK = 1 << 16
+_CHUNK = 1 << 14
 
 
 @dataclass(frozen=True)
@@ -292,7 +292,7 @@ class _HubHandler(_Handler):
     def commit(self, repo: Repo, revision: str) -> str | None:
         if revision in ("main", repo.commit):
             return repo.commit
-        return repo.branches.get(revision)
+        return revision if revision in repo.branches.values() else repo.branches.get(revision)
 
     def resolve(self, name: str, repo: Repo, revision: str, path: str, fault: Fault | None) -> None:
         commit = self.commit(repo, revision)
