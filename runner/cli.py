@@ -66,6 +66,9 @@ def _run(arguments: list[str]) -> int:
     if instruction:
         from click.shell_completion import shell_complete
 
+        from runner.terminal.bash_completion import use_for_bash
+
+        use_for_bash()
         return shell_complete(commands, {}, NAME, _COMPLETE_VARIABLE, instruction)
     try:
         with commands.make_context(NAME, list(arguments)) as context:
