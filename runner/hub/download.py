@@ -74,12 +74,12 @@ class Download:
 
     def fetch(self, files: Sequence[RepoFile]) -> Path:
         """Fetch what is missing; returns the path of the first file. Raises HubError."""
-        for file in files:
-            try:
+        try:
+            for file in files:
                 self._fetch_file(file)
-            except OSError as error:
-                raise write_error(error, self._place.folder, file.n_bytes) from error
-        self._place.finish()
+            self._place.finish()
+        except OSError as error:
+            raise write_error(error, self._place.folder) from error
         return self._place.path(files[0])
 
     def _fetch_file(self, file: RepoFile) -> None:

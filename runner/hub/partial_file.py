@@ -104,12 +104,13 @@ class PartialFile:
         return write_error(error, self._path.parent, self._file.n_bytes - self.n_bytes)
 
 
-def write_error(error: OSError, folder: Path, n_missing: int) -> HubError:
+def write_error(error: OSError, folder: Path, n_missing: int = 0) -> HubError:
     """Why nothing can be written to `folder`, with what to do."""
     if error.errno in _FULL:
+        missing = f", and {bytes_text(n_missing)} are still to come" if n_missing else ""
         return HubError(
-            f"the disk of {folder} is full, and {bytes_text(n_missing)} are still to come: make"
-            " room and run the same again; what came is kept"
+            f"the disk of {folder} is full{missing}: make room and run the same again; what came"
+            " is kept"
         )
     return HubError(f"cannot write to {folder}: {error.strerror or error}; what came is kept")
 

@@ -73,10 +73,12 @@ class Hub:
                 library_name="buddyrun",
                 library_version=version(),
             )
+        if found.etag is None:
+            raise HubError(f"{asked}: what answers names no hash, so it is no hub: not fetched")
         if found.etag != file.hash or found.size not in (None, file.n_bytes):
             raise HubError(
                 f"{asked}: the hub lists {file.n_bytes} bytes with the hash {file.hash[:12]}, and"
-                f" offers {found.size} with {str(found.etag)[:12]!r}: not fetched; try again later"
+                f" offers {found.size} with {found.etag[:12]!r}: not fetched; try again later"
             )
         target = urljoin(url, found.location)
         return Location(target, self._headers(url, target))

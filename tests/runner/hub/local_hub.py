@@ -65,6 +65,7 @@ class Repo:
     commit: str = COMMIT
     needs_token: str = ""  # "" = public
     is_gated: bool = False
+    has_lfs: bool = True  # False: .gguf files are git's own, too
     branches: dict[str, str] = field(default_factory=dict)  # further names -> commit
 
 
@@ -266,26 +267,27 @@ class _HubHandler(_Handler):
                 "branches": [{"name": n, "ref": n, "targetCommit": c} for n, c in names.items()]
             }
         elif what == "tree":
-            found = [self.entry(path, blob) for path, blob in repo.files.items()]
+            found = [self.entry(repo, path, blob) for path, blob in repo.files.items()]
         else:
             has_blobs = "blobs" in parse_qs(urlsplit(self.path).query)
-            siblings = [self.sibling(p, blob, has_blobs) for p, blob in repo.files.items()]
+            siblings = [
+                self.sibling(repo, path, blob) if has_blobs else {"rfilename": path}
+                for path, blob in repo.files.items()
+            ]
             found = {"id": name, "modelId": name, "sha": commit, "siblings": siblings,
                      "gated": "manual" if repo.is_gated else False, "tags": []}  # fmt: skip
         self.send(200, json.dumps(found).encode(), {}, "application/json")
 
-    def entry(self, path: str, blob: Blob) -> dict[str, Any]:
+    def entry(self, repo: Repo, path: str, blob: Blob) -> dict[str, Any]:
         entry: dict[str, Any] = {"type": "file", "oid": blob.git, "size": blob.n_bytes}
         entry["path"] = path
-        if path.endswith(".gguf"):
+        if repo.has_lfs and path.endswith(".gguf"):
             entry["lfs"] = {"oid": blob.sha256, "size": blob.n_bytes, "pointerSize": 134}
         return entry
 
-    def sibling(self, path: str, blob: Blob, has_blobs: bool) -> dict[str, Any]:
-        if not has_blobs:
-            return {"rfilename": path}
+    def sibling(self, repo: Repo, path: str, blob: Blob) -> dict[str, Any]:
         entry: dict[str, Any] = {"rfilename": path, "size": blob.n_bytes, "blobId": blob.git}
-        if path.endswith(".gguf"):
+        if repo.has_lfs and path.endswith(".gguf"):
             entry["lfs"] = {"sha256": blob.sha256, "size": blob.n_bytes, "pointerSize": 134}
         return entry
 
@@ -302,7 +304,7 @@ class _HubHandler(_Handler):
         if blob is None:
             return self.refuse(404, "EntryNotFound")
         headers = {"X-Repo-Commit": commit, "Accept-Ranges": "bytes"}
-        if not path.endswith(".gguf"):
+        if not (repo.has_lfs and path.endswith(".gguf")):
             return self.send(200, blob.data, {**headers, "ETag": f'"{blob.git}"'})
         etag, size = blob.sha256, blob.n_bytes
         if fault is not None and fault.kind == "etag":

@@ -127,6 +127,16 @@ def test_an_old_part_that_is_whole_or_too_long_is_checked(
     assert not hub.to("cdn")
 
 
+def test_a_file_in_git_itself_is_checked_by_its_git_hash(
+    hub: LocalHub, home: Path, client: ForkServer
+) -> None:
+    repo = new_repo(hub, DATA[:5000])
+    hub.repos[repo].has_lfs = False
+    assert client.fetch(repo).returncode == 0 and check_visible(home, repo, DATA[:5000])
+    blob = hub.repos[repo].files["m-Q8_0.gguf"].git
+    assert (folder_of(home, repo) / "blobs" / blob).exists() and not hub.to("cdn")
+
+
 def test_a_blob_of_a_wrong_size_is_replaced(hub: LocalHub, home: Path, client: ForkServer) -> None:
     repo = new_repo(hub)
     blobs = folder_of(home, repo) / "blobs"
