@@ -226,7 +226,8 @@ def test_something_that_is_no_hub_is_told(where: str, hub: LocalHub, client: For
     hub.always.append(Fault("nonsense", where=where))
     done = client.fetch(repo)
     assert done.returncode == 1 and done.stderr.count("\n") == 1
-    assert "not as a hub does" in done.stderr or "offers" in done.stderr
+    expected = {"api": "answers, but not as a hub does", "head": "so it is no hub: not fetched"}
+    assert expected[where] in done.stderr
 
 
 def test_a_hub_that_cannot_be_reached_is_told(hub: LocalHub, tmp_path: Path) -> None:
