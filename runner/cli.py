@@ -19,14 +19,8 @@ from runner.terminal.command_group import DefaultGroup, FlagCommand, SectionedCo
 from runner.terminal.device_options import DEVICE_FLAGS, SHOW_DEVICE_FLAGS
 from runner.terminal.expert_options import EXPERT_FLAGS, EXPERT_PLAN_FLAGS, planned_cache
 from runner.terminal.frontier_options import FRONTIER_FLAGS, flags_without_meaning
-from runner.terminal.hub_options import (
-    HF_REPO_FLAG,
-    HUB_FLAGS,
-    LIST_PARAMS,
-    MODEL,
-    PULL_PARAMS,
-    REMOVE_PARAMS,
-)
+from runner.terminal.hub_commands import HUB_COMMANDS
+from runner.terminal.hub_options import HF_REPO_FLAG, HUB_FLAGS, MODEL
 from runner.terminal.perplexity_options import PERPLEXITY_FLAGS
 from runner.terminal.profile_options import PROFILE_FLAGS
 from runner.terminal.terminal_text import visible
@@ -209,31 +203,6 @@ def _doctor_command(**params: Any) -> None:
     click.get_current_context().exit(examine_machine(params, os.environ))
 
 
-def _pull_command(**params: Any) -> None:
-    from runner.terminal.pull_command import pull_model
-
-    context = click.get_current_context()
-    if not params["word"] and not params["hf_repo"]:
-        raise click.UsageError("Missing NAME, such as user/repo:Q4_K_M.", context)
-    if params["word"]:
-        if options.is_on_command_line(context, "hf_repo"):
-            raise click.UsageError("Give the model either as NAME or with -hf.", context)
-        params["hf_repo"] = None
-    context.exit(0 if pull_model(params) else EXIT_PROBLEM)
-
-
-def _list_command(**params: Any) -> None:
-    from runner.terminal.models_command import list_models
-
-    list_models(params["folders"], params["as_json"])
-
-
-def _remove_command(**params: Any) -> None:
-    from runner.terminal.models_command import remove_model
-
-    remove_model(params["word"], params["yes"], params["as_json"])
-
-
 def _chosen_model(params: Params) -> str:
     context = click.get_current_context()
     if params["word"] and options.is_on_command_line(context, "model"):
@@ -337,35 +306,7 @@ commands = DefaultGroup(
             help="Print a model's architecture, types and sizes. Of a model on a hub,"
             " user/repo:QUANT, only the header is fetched.",
         ),
-        FlagCommand(
-            "pull",
-            params=[*PULL_PARAMS],
-            callback=_pull_command,
-            short_help="Fetch a model from a hub",
-            help="Fetch the model NAME, user/repo or user/repo:QUANT, from a hub into the Hugging"
-            " Face cache, which other programs share. Without QUANT that is Q4_K_M, else Q8_0,"
-            " else the first. First its header is read, and what cannot be run here is refused."
-            " What was cut off is continued by the same command.",
-        ),
-        *(
-            FlagCommand(
-                name,
-                params=[*LIST_PARAMS],
-                callback=_list_command,
-                hidden=name == "ls",
-                short_help="List the models on this machine",
-                help="List the models in the Hugging Face cache, and those in each FOLDER.",
-            )
-            for name in ("list", "ls")
-        ),
-        FlagCommand(
-            "rm",
-            params=[*REMOVE_PARAMS],
-            callback=_remove_command,
-            short_help="Remove a model from the cache",
-            help="Remove the model NAME, user/repo:QUANT, from the Hugging Face cache; without"
-            " QUANT all models of the repository and what cut-off downloads left of it.",
-        ),
+        *HUB_COMMANDS,
         _bench,
         FlagCommand(
             "perplexity",

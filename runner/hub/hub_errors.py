@@ -137,17 +137,25 @@ def _wanted_wait_s(error: HfHubHTTPError) -> float | None:
     return float(after) if after.isdigit() and len(after) < 7 else None
 
 
-def _no_way(asked: Asked, error: Exception) -> str:
+def _no_way(asked: Asked, error: "httpx.TransportError") -> str:
     if isinstance(error, httpx.ProxyError):
         return f"the proxy does not let {asked} through: {_one_line(error)}"
     if isinstance(error, httpx.ConnectError | httpx.ConnectTimeout):
         return (
-            f"{_host()} cannot be reached: {_one_line(error)}; check the network and HF_ENDPOINT"
+            f"{_asked_host(error)} cannot be reached: {_one_line(error)}; check the network and HF_ENDPOINT"
             " (--offline uses what is on this machine)"
         )
     if isinstance(error, httpx.TimeoutException):
         return f"no answer for {constants.HF_HUB_DOWNLOAD_TIMEOUT} s about {asked}"
     return f"the connection for {asked} broke: {_one_line(error)}"
+
+
+def _asked_host(error: "httpx.TransportError") -> str:
+    """The server that did not answer: the hub, or one that it sends files from."""
+    try:
+        return error.request.url.netloc.decode("ascii", "replace")
+    except RuntimeError:  # none was asked yet
+        return _host()
 
 
 def _host() -> str:

@@ -10,7 +10,6 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import PurePosixPath
 
-from quant.gguf_file import MAX_SHARDS
 from runner.byte_sizes import bytes_text
 from runner.errors import HubError
 from runner.hub.model_name import ModelName
@@ -19,6 +18,7 @@ PREFERRED = ("Q4_K_M", "Q8_0")
 _SPLIT = re.compile(r"(.+)-(\d{5})-of-(\d{5})", re.IGNORECASE | re.ASCII)
 _TAG = re.compile(r"[-.]([A-Z0-9_]+)$", re.IGNORECASE | re.ASCII)
 _OTHER_PARTS = ("mmproj", "imatrix", "mtp-", "eagle3-", "dflash-", "dspark-")  # of some models
+_MAX_FILES = 512  # of one model; a GGUFFile opens no more
 _DRIVE = re.compile(r"[A-Za-z]:")
 _MAX_PATH_BYTES, _MAX_PART_BYTES = 1024, 200
 
@@ -169,8 +169,8 @@ def _all_of(files: Sequence[RepoFile], first: RepoFile) -> tuple[RepoFile, ...] 
         other = split_of(file.path)
         if (other.prefix, other.n_files) == (split.prefix, split.n_files):
             found[other.number] = file
-    numbers = range(1, min(split.n_files, MAX_SHARDS + 1) + 1)
-    if len(numbers) > MAX_SHARDS or any(number not in found for number in numbers):
+    numbers = range(1, min(split.n_files, _MAX_FILES + 1) + 1)
+    if len(numbers) > _MAX_FILES or any(number not in found for number in numbers):
         return None
     return tuple(found[number] for number in numbers)
 

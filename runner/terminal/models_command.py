@@ -1,6 +1,7 @@
 """The commands `list` and `rm`: the models on this machine as a table, and removing one."""
 
 import json
+import os
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -21,7 +22,7 @@ _HEAD = ("NAME", "QUANT", "SIZE", "ARCH", "EXPERTS", "RUNS", "PROFILE")
 
 def list_models(folders: Sequence[str], as_json: bool) -> None:
     """Print the models in the cache and in `folders`. Raises BuddyrunError."""
-    models = local_models([Path(folder).expanduser() for folder in folders])
+    models = local_models([Path(os.path.expanduser(folder)) for folder in folders])
     if as_json:
         print(json.dumps([asdict(model) for model in models], indent=2))
         return

@@ -1,6 +1,7 @@
 """The command `pull`, and fetching a model that another command needs. Decides nothing itself."""
 
 import json
+import os
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -35,7 +36,7 @@ def pull_model(params: Params) -> bool:
     from runner.hub.repository import Hub
 
     hub = Hub(params["hf_token"] or None)
-    folder = Path(params["local_dir"]).expanduser() if params["local_dir"] else None
+    folder = Path(os.path.expanduser(params["local_dir"])) if params["local_dir"] else None
     plan, preflight = _planned(hub, name, folder)
     if params["dry_run"]:
         _report(params, name, plan.path, plan, preflight)

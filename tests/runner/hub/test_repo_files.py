@@ -2,6 +2,7 @@
 
 import pytest
 
+from quant.gguf_file import MAX_SHARDS
 from runner.errors import HubError
 from runner.hub.model_name import ModelName
 from runner.hub.repo_files import RepoFile, choose, is_safe_path, variants
@@ -61,10 +62,15 @@ def test_a_split_model_is_fetched_whole_and_in_order() -> None:
         chosen("Q4_K_M", *paths[1:])
 
 
-@pytest.mark.parametrize("n_files", ["00513", "99999"])
-def test_a_set_of_too_many_files_is_refused(n_files: str) -> None:
-    with pytest.raises(HubError, match="lacks others"):
-        chosen("", f"m-00001-of-{n_files}.gguf")
+def test_a_set_of_more_files_than_can_be_opened_is_refused() -> None:
+    def whole(n_files: int) -> list[str]:
+        return [f"m-{i + 1:05d}-of-{n_files:05d}.gguf" for i in range(n_files)]
+
+    assert chosen("", *whole(MAX_SHARDS)) == whole(MAX_SHARDS)
+    with pytest.raises(HubError, match=f"is one of {MAX_SHARDS + 1} files"):
+        chosen("", *whole(MAX_SHARDS + 1))
+    with pytest.raises(HubError, match="is one of 99999 files"):
+        chosen("", "m-00001-of-99999.gguf")
 
 
 def test_an_unknown_quant_is_answered_with_what_there_is_and_its_size() -> None:
