@@ -106,6 +106,12 @@ class BatchGraph:
         self.compute_ns += time.perf_counter_ns() - start
         self._is_whole_done = True
 
+    def chosen(self) -> np.ndarray:
+        """What the free router of `run_whole` chose, (n_layer, n_expert_used) int32."""
+        config = self._parts.config
+        shape = config.n_layer, config.n_expert_used
+        return self._port(self._parts.state.chosen, shape, np.int32).download()
+
     def route(self, layer: int) -> np.ndarray:
         """Run up to and including the router of `layer`.
 

@@ -25,7 +25,7 @@ from runner.terminal.interrupts import SecondInterrupt, first_interrupt_calls
 from runner.terminal.terminal_text import storable
 
 if TYPE_CHECKING:
-    from runner.client import Client
+    from runner.engine_client import Client
 
 HOW_TO_LEAVE = "Use Ctrl-D or /bye to leave."
 _WHAT_TO_DO = (

@@ -8,7 +8,7 @@ import os
 import signal
 import sys
 from types import FrameType
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import click
 
@@ -24,21 +24,28 @@ from runner.terminal.hub_options import HF_REPO_FLAG, HUB_FLAGS, MODEL
 from runner.terminal.perplexity_options import PERPLEXITY_FLAGS
 from runner.terminal.profile_options import PROFILE_FLAGS
 from runner.terminal.terminal_text import visible
+from runner.terminal.top_options import TOP_FLAGS
+
+if TYPE_CHECKING:
+    from runner.screens import Screens
 
 NAME = "buddyrun"
 EXIT_PROBLEM, EXIT_INTERRUPTED, EXIT_BROKEN_PIPE = 1, 130, 141
 _COMPLETE_VARIABLE = "_BUDDYRUN_COMPLETE"
 
 
-def main(arguments: list[str] | None = None) -> int:
-    """Run the command line; returns the exit code and never shows a traceback unasked."""
+def main(arguments: list[str] | None = None, screens: "Screens | None" = None) -> int:
+    """Run the command line; returns the exit code and never shows a traceback unasked.
+
+    screens: those that commands can open; None without any.
+    """
     arguments = sys.argv[1:] if arguments is None else arguments
     prepare_streams()
     signal.signal(signal.SIGTERM, _leave)
     if hasattr(signal, "SIGHUP"):
         signal.signal(signal.SIGHUP, _leave)
     try:
-        status = _run(arguments)
+        status = _run(arguments, screens)
         sys.stdout.flush()
         return status
     except BrokenPipeError:
@@ -55,7 +62,7 @@ def main(arguments: list[str] | None = None) -> int:
         return _complain_of_bug(error, arguments)
 
 
-def _run(arguments: list[str]) -> int:
+def _run(arguments: list[str], screens: "Screens | None") -> int:
     instruction = os.environ.get(_COMPLETE_VARIABLE)
     if instruction:
         from click.shell_completion import shell_complete
@@ -65,7 +72,7 @@ def _run(arguments: list[str]) -> int:
         use_for_bash()
         return shell_complete(commands, {}, NAME, _COMPLETE_VARIABLE, instruction)
     try:
-        with commands.make_context(NAME, list(arguments)) as context:
+        with commands.make_context(NAME, list(arguments), obj=screens) as context:
             commands.invoke(context)
     except click.exceptions.Exit as leave:
         return leave.exit_code
@@ -150,16 +157,17 @@ def _run_command(**params: Any) -> None:
         raise click.UsageError("Missing MODEL, the path of a GGUF file.", context)
     if is_named[0]:
         params["hf_repo"] = None
-    run_model(params, words, os.environ, sorted(commands.commands))
+    run_model(params, words, os.environ, sorted(commands.commands), context.obj)
 
 
 def _demo_command(**params: Any) -> None:
     from runner.terminal.model_path import demo_model
     from runner.terminal.run_command import run_model
 
-    params |= options.settled_rivals(click.get_current_context())
+    context = click.get_current_context()
+    params |= options.settled_rivals(context)
     params["model"] = str(demo_model())
-    run_model(params, list(params["words"]), os.environ, [])
+    run_model(params, list(params["words"]), os.environ, [], context.obj)
 
 
 def _show_command(**params: Any) -> None:
@@ -201,6 +209,24 @@ def _doctor_command(**params: Any) -> None:
     from runner.terminal.doctor_command import examine_machine
 
     click.get_current_context().exit(examine_machine(params, os.environ))
+
+
+def _top_command(**params: Any) -> None:
+    from runner.terminal.top_command import watch_engine
+
+    if params["follow"] and not params["as_json"]:
+        raise click.UsageError("--follow: only with --json.")
+    if params["once"] and params["as_json"]:
+        raise click.UsageError("Give either --once or --json, not both.")
+    if params["replay"] is not None and params["pid"] is not None:
+        raise click.UsageError("Give either PID or --replay, not both.")
+    watch_engine(params, click.get_current_context().obj)
+
+
+def _ps_command(as_json: bool) -> None:
+    from runner.terminal.top_command import list_engines
+
+    list_engines(as_json)
 
 
 def _chosen_model(params: Params) -> str:
@@ -338,6 +364,25 @@ commands = DefaultGroup(
             help="Measure which experts of MODEL can stand in for which, once for a model: a text"
             " is run, and the experts are compared on it. An interrupted profile is continued by"
             " the same command. Needs PyTorch: pip install 'buddyrun[profile]'.",
+        ),
+        FlagCommand(
+            "top",
+            params=[
+                click.Argument(["pid"], required=False, metavar="[PID]", type=int),
+                *TOP_FLAGS,
+            ],
+            callback=_top_command,
+            short_help="Watch a running buddyrun: cache, buddies, speed",
+            help="Watch a running buddyrun of yours, from another terminal: which experts are in"
+            " memory, what is missing, who stands in for whom, and how fast it is. PID is the"
+            " process number as `buddyrun ps` shows it; without it you choose.",
+        ),
+        FlagCommand(
+            "ps",
+            params=[options.switch("--json", "as_json", help="Print JSON.")],
+            callback=_ps_command,
+            short_help="List the running buddyruns",
+            help="List your running buddyruns: the model, what each does, how its cache does.",
         ),
         FlagCommand(
             "doctor",

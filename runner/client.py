@@ -1,358 +1,61 @@
-"""What the terminal's process knows of the engine: requests, their replies, a worker's death."""
+"""The names that screens may use, and no others: `tui` imports this module only.
 
-import itertools
-import threading
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import replace
-from pathlib import Path
-from queue import Empty, SimpleQueue
-from types import TracebackType
-from typing import Any, Self
+Nothing here loads native code, numpy or torch.
+"""
 
-from runner import errors, protocol
-from runner.config import MOE_CACHE_AUTO, EngineConfig, GenerateRequest
-from runner.doctor_report import DoctorReport
-from runner.errors import (
-    BuddyrunError,
-    CancelledError,
-    InternalError,
-    OutOfMemoryError,
-    WorkerDiedError,
-)
-from runner.process.worker_death import Circumstances, explain, lacked_device_memory
-from runner.process.worker_process import WorkerProcess
-from runner.protocol import (
-    BenchFields,
-    BenchSample,
-    BenchTest,
-    DoctorFields,
-    FrontierFields,
-    GenerateFields,
-    GenerateResult,
-    LoadFields,
-    Message,
-    ModelInfo,
-    PerplexityFields,
-    ProfileFields,
-    ProfileResult,
-    PromptProgress,
-    TextPiece,
-)
-from runner.quality.evaluation import Evaluation, RunProgress, WindowDone
-from runner.quality.frontier import FrontierBase, FrontierPoint
+from runner.byte_sizes import bytes_text
+from runner.chat import Chat
+from runner.config import BUDDY_POLICIES, EngineConfig, GenerateRequest
+from runner.engine_client import Client
+from runner.errors import BuddyrunError, CancelledError, OptionError, WorkerDiedError
+from runner.expert_counts import ExpertCounts
+from runner.frames import Frame, RunSettings
+from runner.protocol import GenerateResult, ModelInfo, PromptProgress, TextPiece
+from runner.recording import Recorder, Replay
+from runner.screens import ChatRequest, MonitorRequest, Screens
+from runner.stats import StatsRates, StatsSnapshot
+from runner.terminal.chat_commands import complete
+from runner.terminal.chat_view import ChatView
+from runner.terminal.conversation import ChatSettings, Conversation
+from runner.terminal.history import LineHistory
+from runner.terminal.terminal_text import visible, visible_line
+from runner.version import version
+from runner.watch import Running, Watch, find
 
-LAST_REPLIES = (
-    "loaded", "done", "bench_done", "perplexity_done", "profile_done", "frontier_done",
-    "doctor_done", "stats", "error",
-)  # fmt: skip
-_ENVELOPE = ("type", "id")  # of every message
-_FEWER_SLOTS = 0.85  # of those that were too many for a GPU
-POLL_S = 0.5  # Windows lets Ctrl-C through only between waits
-
-OnProgress = Callable[[str, int, int], None]
-Mailbox = SimpleQueue[Message | None]  # None: the worker has ended
-
-
-class Client:
-    """One engine in a process of its own. Requests other than `stats` come from one thread;
-    `stats` and `cancel` may come from any, and `cancel` from a signal handler too.
-
-    Errors that the worker raised are raised here with the same class and text. When it died
-    that is WorkerDiedError, and `restart` makes a new one with the same model.
-    """
-
-    def __init__(self) -> None:
-        self._ids = itertools.count(1)
-        self._loaded: LoadFields | None = None
-        self._info: ModelInfo | None = None  # of the last load
-        self._lacked_device_memory = False  # when something went wrong last
-        self._job: int | None = None  # the id of the running one
-        self._dropped: int | None = None  # a job whose reader went away before its end
-        self._open_worker()
-
-    @classmethod
-    def start(cls) -> Self:
-        """Start a worker; returns at once, while it gets ready."""
-        return cls()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self.close()
-
-    @property
-    def pid(self) -> int:
-        """The worker's process id."""
-        return self._worker.pid
-
-    @property
-    def log(self) -> str:
-        """The last lines that the worker wrote to stderr: traces, what native code said."""
-        return self._worker.log
-
-    def load(
-        self,
-        path: str | Path,
-        config: EngineConfig | None = None,
-        chat_template: str | None = None,
-        on_progress: OnProgress | None = None,
-    ) -> ModelInfo:
-        """Load a model in the place of any other. `chat_template` replaces the model's own;
-        `on_progress(stage, done, total)` is called in this thread. Raises CancelledError after
-        `cancel`."""
-        model = str(Path(path).absolute())
-        self._loaded = LoadFields(model, config or EngineConfig(), chat_template)
-        return self._load(on_progress)
-
-    def restart(self, on_progress: OnProgress | None = None) -> ModelInfo:
-        """Replace the worker, dead or alive, by a new one and load the same model again; with
-        fewer slots for experts, and a warning, where the memory of a GPU had run out."""
-        assert self._loaded is not None, "nothing was loaded that could be loaded again"
-        self._worker.kill()
-        self._worker.end()
-        self._open_worker()
-        warning = self._ask_for_fewer_slots() if self._lacked_device_memory else ""
-        self._lacked_device_memory = False
-        info = self._load(on_progress)
-        return replace(info, warnings=(*info.warnings, warning)) if warning else info
-
-    def _ask_for_fewer_slots(self) -> str:
-        """Change the settings; returns what to tell the user, "" when there is no fewer."""
-        info = self._info
-        has_gpu = info is not None and info.device_memory is not None
-        n_slots = min(info.moe_cache_slots, default=0) if info is not None and has_gpu else 0
-        if self._loaded is None or n_slots < 2:
-            return ""
-        fewer = max(1, min(n_slots - 1, int(n_slots * _FEWER_SLOTS)))
-        engine = replace(self._loaded.engine, moe_cache_slots=fewer, moe_cache_bytes=MOE_CACHE_AUTO)
-        self._loaded = replace(self._loaded, engine=engine)
-        return (
-            f"The GPU's memory ran out: {fewer} slots per layer now instead of {n_slots}. A larger "
-            "--fit-margin avoids that."
-        )
-
-    def generate(
-        self, request: GenerateRequest
-    ) -> Iterator[TextPiece | PromptProgress | GenerateResult]:
-        """Make one answer; the last item is the GenerateResult, also after `cancel`. To close
-        the iterator early cancels the answer."""
-        for reply in self._run_job("generate", GenerateFields(request)):
-            match reply["type"]:
-                case "text":
-                    yield TextPiece(reply["text"], reply["n_tokens"])
-                case "prompt_progress":
-                    yield PromptProgress(reply["done"], reply["total"], reply["n_cached"])
-                case "done":
-                    yield protocol.parse(GenerateResult, reply["result"])
-
-    def bench(
-        self, tests: Sequence[BenchTest], repetitions: int, text: str
-    ) -> Iterator[BenchSample]:
-        """Measure speed on the tokens of `text`; one sample per test. `cancel` ends it early."""
-        for reply in self._run_job("bench", BenchFields(tuple(tests), repetitions, text)):
-            if reply["type"] == "bench_result":
-                sample = {name: value for name, value in reply.items() if name not in _ENVELOPE}
-                yield protocol.parse(BenchSample, sample)
-
-    def perplexity(
-        self, wanted: PerplexityFields, on_progress: OnProgress | None = None
-    ) -> Iterator[RunProgress | WindowDone | Evaluation]:
-        """Judge settings by the exact run of the same file; the last item is the Evaluation. No
-        model is loaded after it. `on_progress` as for `load`. Raises CancelledError after
-        `cancel`."""
-        for kind, body in self._run_on_file("perplexity", wanted, on_progress):
-            match kind:
-                case "run_progress":
-                    yield protocol.parse(RunProgress, body)
-                case "window_done":
-                    yield protocol.parse(WindowDone, body)
-                case "perplexity_done":
-                    yield protocol.parse(Evaluation, body["evaluation"])
-
-    def profile(
-        self, wanted: ProfileFields, on_progress: OnProgress | None = None
-    ) -> ProfileResult:
-        """Make a model's profile of buddies. No model is loaded after it. `on_progress` as for
-        `load`. Raises CancelledError after `cancel`."""
-        *_, (_, body) = self._run_on_file("profile", wanted, on_progress)
-        return protocol.parse(ProfileResult, body["result"])
-
-    def frontier(
-        self, wanted: FrontierFields, on_progress: OnProgress | None = None
-    ) -> Iterator[RunProgress | FrontierBase | FrontierPoint]:
-        """Judge many settings by one exact run of the same file: what that cost, then every point.
-        No model is loaded after it. `on_progress` as for `load`. Raises CancelledError after
-        `cancel`."""
-        for kind, body in self._run_on_file("frontier", wanted, on_progress):
-            match kind:
-                case "run_progress":
-                    yield protocol.parse(RunProgress, body)
-                case "frontier_base":
-                    yield protocol.parse(FrontierBase, body)
-                case "frontier_point":
-                    yield protocol.parse(FrontierPoint, body)
-
-    def doctor(self, wanted: DoctorFields, on_progress: OnProgress | None = None) -> DoctorReport:
-        """Examine what this machine can compute on. No model is loaded after it. `on_progress` as
-        for `load`. Raises CancelledError after `cancel`."""
-        self._loaded = None
-        self._circumstances = Circumstances.now(None)
-        report: DoctorReport | None = None
-        for reply in self._run_job("doctor", wanted):
-            if reply["type"] == "progress" and on_progress is not None:
-                on_progress(reply["stage"], reply["done"], reply["total"])
-            elif reply["type"] == "doctor_done":
-                report = protocol.parse(DoctorReport, reply["report"])
-        assert report is not None
-        return report
-
-    def stats(self) -> dict[str, Any]:
-        """The engine's counters now, also while it computes."""
-        number, mailbox = self._send("stats")
-        try:
-            snapshot: dict[str, Any] = self._next_reply(mailbox)["snapshot"]
-        finally:
-            self._mailboxes.pop(number, None)
-        return snapshot
-
-    def cancel(self) -> None:
-        """Ask the worker to end the running job; no-op when none runs."""
-        self._cancel(self._job)
-
-    def close(self) -> None:
-        """End the worker. Can be called twice."""
-        self._worker.send(protocol.encode({"type": "shutdown"}))
-        self._worker.end()
-
-    def _cancel(self, job: int | None) -> None:
-        if job is not None:
-            self._worker.send(protocol.encode({"type": "cancel", "target": job}))
-
-    def _open_worker(self) -> None:
-        self._mailboxes: dict[int, Mailbox] = {}
-        self._ended = threading.Event()
-        self._job = self._dropped = None
-        self._circumstances = Circumstances.now(None)
-        # Bound to this worker's own mailboxes: a late message of an old worker finds no reader.
-        mailboxes, ended = self._mailboxes, self._ended
-
-        def on_message(message: Message) -> None:
-            mailbox = mailboxes.get(message.get("id") or 0)
-            if mailbox is not None:
-                mailbox.put(message)
-
-        def on_end() -> None:
-            ended.set()
-            for mailbox in list(mailboxes.values()):
-                mailbox.put(None)
-
-        self._worker = WorkerProcess(on_message, on_end)
-
-    def _load(self, on_progress: OnProgress | None) -> ModelInfo:
-        assert self._loaded is not None
-        self._circumstances = Circumstances.now(Path(self._loaded.model))
-        info: ModelInfo | None = None
-        for reply in self._run_job("load", self._loaded):
-            if reply["type"] == "progress" and on_progress is not None:
-                on_progress(reply["stage"], reply["done"], reply["total"])
-            elif reply["type"] == "loaded":
-                info = protocol.parse(ModelInfo, reply["info"])
-        assert info is not None
-        self._info = info
-        return info
-
-    def _run_on_file(
-        self,
-        kind: str,
-        wanted: PerplexityFields | ProfileFields | FrontierFields,
-        on_progress: OnProgress | None,
-    ) -> Iterator[tuple[str, Message]]:
-        """A job that opens a model itself: type and content of its replies but for progress."""
-        model = Path(wanted.model).absolute()
-        self._loaded = None
-        self._circumstances = Circumstances.now(model)
-        for reply in self._run_job(kind, replace(wanted, model=str(model))):
-            body = {name: value for name, value in reply.items() if name not in _ENVELOPE}
-            if reply["type"] != "progress":
-                yield reply["type"], body
-            elif on_progress is not None:
-                on_progress(reply["stage"], reply["done"], reply["total"])
-
-    def _run_job(self, kind: str, body: object) -> Iterator[Message]:
-        """Send a request and yield its replies up to the last one, or raise what it says."""
-        self._await_dropped()
-        number, mailbox = self._send(kind, **vars(body))
-        self._job = number
-        is_over = False
-        try:
-            while not is_over:
-                reply = self._next_reply(mailbox)
-                is_over = reply["type"] in LAST_REPLIES
-                yield reply
-        except (BuddyrunError, CancelledError):
-            is_over = True
-            raise
-        finally:
-            if is_over:
-                self._mailboxes.pop(number, None)
-            elif self._mailboxes.get(number) is mailbox:  # not of a worker since replaced
-                self._cancel(number)
-                self._dropped = number
-            if self._job == number:
-                self._job = None
-
-    def _await_dropped(self) -> None:
-        """Skip what is still to come of a job that was dropped before its end."""
-        if self._dropped is None:
-            return
-        mailbox = self._mailboxes[self._dropped]
-        try:
-            while self._next_reply(mailbox)["type"] not in LAST_REPLIES:
-                pass
-        except WorkerDiedError:
-            raise
-        except (BuddyrunError, CancelledError):
-            pass  # the dropped job's own error is nobody's any more
-        del self._mailboxes[self._dropped]
-        self._dropped = None
-
-    def _send(self, kind: str, **body: object) -> tuple[int, Mailbox]:
-        number = next(self._ids)
-        data = protocol.encode({"type": kind, "id": number, **body})
-        mailbox: Mailbox = SimpleQueue()
-        self._mailboxes[number] = mailbox
-        if self._ended.is_set():
-            mailbox.put(None)
-        self._worker.send(data)
-        return number, mailbox
-
-    def _next_reply(self, mailbox: Mailbox) -> Message:
-        while True:
-            try:
-                reply = mailbox.get(timeout=POLL_S)
-            except Empty:
-                continue
-            if reply is None:
-                raise self._death()
-            if reply["type"] == "error":
-                self._lacked_device_memory = reply["kind"] == OutOfMemoryError.__name__
-                raise _as_error(reply)
-            return reply
-
-    def _death(self) -> WorkerDiedError:
-        status = self._worker.end()
-        self._lacked_device_memory = lacked_device_memory(self._worker.log)
-        return WorkerDiedError(explain(status, self._worker.log, self._circumstances))
-
-
-def _as_error(reply: Message) -> Exception:
-    if reply["kind"] in errors.__all__:
-        error: Exception = getattr(errors, reply["kind"])(reply["message"])
-        return error
-    return InternalError(reply["message"])
+__all__ = [
+    "BUDDY_POLICIES",
+    "BuddyrunError",
+    "CancelledError",
+    "Chat",
+    "ChatRequest",
+    "ChatSettings",
+    "ChatView",
+    "Client",
+    "Conversation",
+    "EngineConfig",
+    "ExpertCounts",
+    "Frame",
+    "GenerateRequest",
+    "GenerateResult",
+    "LineHistory",
+    "ModelInfo",
+    "MonitorRequest",
+    "OptionError",
+    "PromptProgress",
+    "Recorder",
+    "Replay",
+    "RunSettings",
+    "Running",
+    "Screens",
+    "StatsRates",
+    "StatsSnapshot",
+    "TextPiece",
+    "Watch",
+    "WorkerDiedError",
+    "bytes_text",
+    "complete",
+    "find",
+    "version",
+    "visible",
+    "visible_line",
+]

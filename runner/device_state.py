@@ -4,7 +4,7 @@ Knows no graph's order and no policy.
 """
 
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -69,6 +69,7 @@ class DeviceState:
         self.slot_ids = context.tensor(_I32, pairs, n_batch)
         self.weights = context.tensor(_F32, pairs, n_batch)
         self.scores = context.tensor(_F32, scores, n_batch)
+        self.chosen = context.tensor(_I32, pairs, config.n_layer)  # of a whole token
         self.predicted_ids = context.tensor(_I32, pairs, 1)
         self.logits = context.tensor(_F32, config.n_vocab)
         n_pairs = pairs * n_batch if has_passes else 1
@@ -111,6 +112,14 @@ class DeviceState:
             weights=g.first_rows(self.weights, n),
             scores=g.first_rows(self.scores, n),
         )
+
+    def lone_router(self, g: Graph, layer: int) -> RouterTensors:
+        """The same of one token, whose expert ids stay when the next layer is routed."""
+        ids = g.view_2d(
+            self.chosen, self.chosen.shape[0], 1, self.chosen.strides[1],
+            layer * self.chosen.strides[1],
+        )  # fmt: skip
+        return replace(self.router(g, 1), expert_ids=ids)
 
 
 @dataclass(frozen=True)

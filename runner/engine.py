@@ -7,7 +7,7 @@ and the experts run by that plan.
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -36,7 +36,7 @@ from runner.miss_policy import RoutingPlan
 from runner.model_sizes import model_sizes
 from runner.quality.quality_meter import QualityMeter
 from runner.quality.verifier import Verifier
-from runner.standins.choose_policy import choose_policy
+from runner.standins.choose_policy import ChosenPolicy, choose_policy
 from runner.stats import StatsRecorder, StatsSnapshot
 from runner.text_context import TextContext
 
@@ -83,9 +83,7 @@ class Engine:
             self._owned = owned.pop_all()
         self._context = TextContext(self._parts, limits.n_ctx, config.n_keep, config.context_shift)
         self._meter = QualityMeter()
-        self._verifier: Verifier | None = None
-        if self._budget is not None and config.verify_every:
-            self._verifier = Verifier(config.verify_every, self._parts.kv, self._stats)
+        self._verifier = self._make_verifier()
 
     def _load(
         self,
@@ -123,7 +121,7 @@ class Engine:
         policy = self.buddies.policy
         self._budget = policy.budget if policy is not None else None
         self._stats = StatsRecorder(
-            model.n_layer, plan.n_slots, self.buddies.name, self.buddies.budget
+            model.n_layer, plan.n_slots, self.buddies.name, self.buddies.budget, model.n_expert
         )
         self._cache = loading.make_cache(backend, self.file, model, config.moe_cache_policy, plan)
         if self._cache is not None:
@@ -173,8 +171,36 @@ class Engine:
         runner.start_filling()
         return runner
 
+    def _make_verifier(self) -> Verifier | None:
+        if self._budget is None or not self.config.verify_every:
+            return None
+        return Verifier(self.config.verify_every, self._parts.kv, self._stats)
+
     def close(self) -> None:
         self._owned.close()
+
+    # who stands in
+
+    @property
+    def can_miss(self) -> bool:
+        """Whether an expert can be missing, so that another might stand in."""
+        n_slots = self.cache_plan.n_slots
+        return bool(n_slots) and min(n_slots) < self.model_config.n_expert
+
+    def choose_standins(self, buddy: str, budget: float | None) -> ChosenPolicy:
+        """A policy by its name, as `EngineConfig.buddy` has it, and the share of the router's
+        weight that it may give away; changes nothing. Raises OptionError, ProfileError."""
+        config = replace(self.config, buddy=buddy, buddy_budget=budget)
+        return choose_policy(config, self.file, self.model_config, self.cache_plan.n_slots)
+
+    def use_standins(self, chosen: ChosenPolicy) -> None:
+        """From the next token on this policy, with a budget of which nothing is spent yet."""
+        self.buddies = chosen
+        self._budget = chosen.policy.budget if chosen.policy is not None else None
+        self._stats.set_buddies(chosen.name, chosen.budget)
+        if self._planner is not None:
+            self._planner.set_buddies(chosen.policy)
+        self._verifier = self._make_verifier()
 
     @property
     def n_ctx(self) -> int:
@@ -213,15 +239,16 @@ class Engine:
     def ggml_version(self) -> str:
         return self.backend.ggml.version_text
 
-    def snapshot(self) -> StatsSnapshot:
-        """The counters so far; from any thread."""
+    def snapshot(self, with_experts: bool = False) -> StatsSnapshot:
+        """The counters so far; from any thread. with_experts: those of every expert too."""
         if self._cache is None:
-            return self._stats.snapshot(self.n_past, self.n_ctx)
+            return self._stats.snapshot(self.n_past, self.n_ctx, with_experts=with_experts)
         table = self._cache.table
         residency = tuple(
             tuple(row[:n].tolist()) for row, n in zip(table.expert_in, table.n_slots, strict=True)
         )
-        return self._stats.snapshot(self.n_past, self.n_ctx, residency, tuple(table.n_evicted))
+        n_evicted = tuple(table.n_evicted)
+        return self._stats.snapshot(self.n_past, self.n_ctx, residency, n_evicted, with_experts)
 
     # generating
 
@@ -409,7 +436,8 @@ class Engine:
             residency = self._parts.residency
             if experts is None:
                 graph.run_whole(is_restricted=False)
-                return [miss_policy.all_hits(self.model_config.n_expert_used)] * n_layer
+                chosen = graph.chosen()
+                return [miss_policy.all_resident(chosen[i : i + 1]) for i in range(n_layer)]
             if residency is not None and experts.can_run_whole(n_tokens):
                 return experts.run_whole(graph, residency)
         plans = []

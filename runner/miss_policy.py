@@ -26,7 +26,6 @@ __all__ = [
     "Routing",
     "RoutingPlan",
     "ServedWeight",
-    "all_hits",
     "all_resident",
     "blend",
     "buddymoe",
@@ -70,6 +69,7 @@ class RoutingPlan:
     n_dropped: int = 0  # pairs that nobody computes
     weights: np.ndarray | None = None  # like experts, float32; None: the router's own
     weight: ServedWeight | None = None  # None where nobody counts it
+    chosen: np.ndarray | None = None  # like experts, by the router; None where all pairs are hits
 
     @property
     def is_all_hits(self) -> bool:
@@ -79,11 +79,6 @@ class RoutingPlan:
 def all_resident(expert_ids: np.ndarray) -> RoutingPlan:
     """The plan of a layer that has every expert; expert_ids (n_tokens, n_expert_used) int32."""
     return RoutingPlan(expert_ids.copy(), (), (), expert_ids.size, 0, 0)
-
-
-def all_hits(n_expert_used: int) -> RoutingPlan:
-    """The plan of one token in a layer that has every expert, when nobody knows which it chose."""
-    return RoutingPlan(np.empty((1, 0), np.int32), (), (), n_expert_used, 0, 0)
 
 
 def exact_plan(
@@ -103,7 +98,8 @@ def exact_plan(
     host = tuple(expert for expert in missing if expert in on_host)
     n_loaded, n_on_host = int(counts[list(loads)].sum()), int(counts[list(host)].sum())
     n_hit = expert_ids.size - n_loaded - n_on_host
-    return RoutingPlan(expert_ids.copy(), loads, host, n_hit, n_loaded, n_on_host)
+    experts = expert_ids.copy()
+    return RoutingPlan(experts, loads, host, n_hit, n_loaded, n_on_host, chosen=experts)
 
 
 def plan(choice: Choice, routing: Routing, on_host: frozenset[int] = frozenset()) -> RoutingPlan:
@@ -121,10 +117,11 @@ def plan(choice: Choice, routing: Routing, on_host: frozenset[int] = frozenset()
     is_resident = routing.is_resident.tolist()
     missing = {expert for expert in experts if expert != DROPPED and not is_resident[expert]}
     n_hit, n_loaded, n_on_host, n_substituted, n_dropped = counts
-    is_own = choice.experts is not routing.expert_ids
+    chosen = routing.expert_ids.copy()  # slots are written over the router's
+    experts_of = choice.experts if choice.experts is not routing.expert_ids else chosen
     weights = None if choice.weights is routing.weights else choice.weights
     return RoutingPlan(
-        choice.experts if is_own else choice.experts.copy(),  # slots are written over the router's
+        experts_of,
         tuple(sorted(missing - on_host)),
         tuple(sorted(missing & on_host)),
         n_hit,
@@ -134,6 +131,7 @@ def plan(choice: Choice, routing: Routing, on_host: frozenset[int] = frozenset()
         n_dropped,
         None if weights is None or weights.ravel().tolist() == router_weights else weights,
         ServedWeight(*weight),
+        chosen if n_hit < len(experts) else None,
     )
 
 

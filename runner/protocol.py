@@ -13,6 +13,8 @@ Requests, client to worker
     frontier  {FrontierFields fields}          the same
     doctor    {DoctorFields fields}            the same
     stats     {}
+    frame     {}
+    change    {ChangeFields fields}
     cancel    {target: id}                     ends a running job; no reply
     shutdown  {}                               no reply; the worker exits with status 0
 
@@ -34,11 +36,13 @@ Replies, worker to client
     frontier_done    {}                                          ends frontier
     doctor_done      {report: {DoctorReport fields}}             ends doctor
     stats            {snapshot: {StatsSnapshot fields}}          ends stats
+    frame            {frame: {Frame fields}}, without the model  ends frame
+    changed          {settings: {RunSettings fields}}            ends change, from the next token on
     error            {kind: class name in runner.errors, message: text}   ends any request
 
-A load while a model is loaded replaces it. `stats` and `cancel` are answered while a generate runs;
-a second job meanwhile is refused with an error. A message that cannot be read
-gets an error with the id null. A worker whose client is gone exits.
+A load while a model is loaded replaces it. `stats`, `frame`, `change` and `cancel` are answered
+while a generate runs; a second job meanwhile is refused with an error. A message that cannot be
+read gets an error with the id null. A worker whose client is gone exits.
 
 Before all this the worker writes one line to its stdout, {address, authkey (hex)}: where it listens
 and the key without which `multiprocessing.connection` refuses a caller.
@@ -46,7 +50,8 @@ and the key without which `multiprocessing.connection` refuses a caller.
 
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, fields, is_dataclass
+from dataclasses import dataclass, field, fields, is_dataclass
+from functools import cache
 from multiprocessing.connection import Connection
 from typing import Any, TypeVar, get_args, get_origin, get_type_hints
 
@@ -242,6 +247,16 @@ class DoctorFields:
 
 
 @dataclass(frozen=True)
+class ChangeFields:
+    """The body of a change message; None leaves a setting as it is. See `frames.RunSettings`."""
+
+    is_exact: bool | None = None
+    buddy: str | None = None
+    buddy_budget: float | None = None
+    is_paused: bool | None = None
+
+
+@dataclass(frozen=True)
 class LoadFields:
     """The body of a load message; `chat_template` is template text that replaces the model's."""
 
@@ -268,12 +283,17 @@ class BenchFields:
 
 def encode(message: Message) -> bytes:
     """The bytes of one message. Raises OptionError when it is larger than a worker accepts."""
-    data = json.dumps(message, default=_plain).encode()
+    data = json.dumps(message, default=fields_of).encode()
     if len(data) > MAX_MESSAGE_BYTES:
         mib = len(data) >> 20
         limit = MAX_MESSAGE_BYTES >> 20
         raise OptionError(f"the text is too long to send: {mib} MiB; at most {limit} MiB")
     return data
+
+
+def fields_of(value: object) -> dict[str, object]:
+    """A dataclass as JSON has it: what `json.dumps` needs as its `default`."""
+    return {each.name: getattr(value, each.name) for each in fields(value)}  # type: ignore[arg-type]
 
 
 def send(connection: Connection, message: Message) -> None:
@@ -301,7 +321,7 @@ def parse(cls: type[Fields], values: object) -> Fields:
     """
     if not isinstance(values, Mapping):
         raise OptionError(f"{cls.__name__} must be an object, not {values!r:.40}")
-    types = get_type_hints(cls)
+    types = _types(cls)  # type: ignore[arg-type]
     unknown = set(values) - set(types)
     if unknown:
         raise OptionError(f"{cls.__name__} has no field {', '.join(sorted(unknown))}")
@@ -320,12 +340,24 @@ def _parse_value(name: str, expected: Any, value: Any) -> Any:
     if known and isinstance(value, Mapping):  # a dataclass or None
         return parse(known[0], value)  # type: ignore[arg-type]
     if get_origin(expected) is tuple and isinstance(value, list):
-        return tuple(_parse_value(name, get_args(expected)[0], item) for item in value)
+        return _parse_tuple(name, get_args(expected), value)
     if expected is float and type(value) is int:
         return float(value)
     if not _fits(expected, value):
         raise OptionError(f"{name} must be of type {expected}, not {value!r:.40}")
     return value
+
+
+def _parse_tuple(name: str, items: tuple[Any, ...], value: list[Any]) -> tuple[Any, ...]:
+    """items: of the tuple's type, as (int, ...) or (int, int)."""
+    first, *others = items
+    if others != [...] and len(value) != len(items):
+        raise OptionError(f"{name} must have {len(items)} values, not {len(value)}")
+    if set(others) <= {first, ...} and set(map(type, value)) <= {first}:
+        return tuple(value)  # a snapshot has thousands of numbers
+    if others == [...]:
+        return tuple(_parse_value(name, first, item) for item in value)
+    return tuple(_parse_value(name, kind, item) for kind, item in zip(items, value, strict=True))
 
 
 def _fits(expected: Any, value: Any) -> bool:
@@ -339,5 +371,6 @@ def _fits(expected: Any, value: Any) -> bool:
     return type(value) in choices  # exact, so that a bool is no int
 
 
-def _plain(value: object) -> object:
-    return asdict(value)  # type: ignore[call-overload]
+@cache
+def _types(cls: type) -> dict[str, Any]:
+    return get_type_hints(cls)

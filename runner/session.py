@@ -14,12 +14,14 @@ from runner.doctor_report import DoctorReport
 from runner.engine import Engine
 from runner.errors import CancelledError, OptionError, TemplateError
 from runner.evaluate import Listeners, evaluate
+from runner.frames import RunSettings
 from runner.frontier import FrontierEvent, measure_frontier
 from runner.model_sizes import ModelSizes, model_sizes
 from runner.profile import make_profile
 from runner.protocol import (
     BenchSample,
     BenchTest,
+    ChangeFields,
     DoctorFields,
     FrontierFields,
     GenerateResult,
@@ -31,6 +33,7 @@ from runner.protocol import (
     TextPiece,
 )
 from runner.quality.evaluation import Evaluation, RunProgress, WindowDone
+from runner.run_control import RunControl
 from runner.sampler import Sampler
 from runner.stats import StatsSnapshot
 from runner.tokenizer import Tokenizer
@@ -48,6 +51,7 @@ class LoadedModel:
     engine: Engine
     tokenizer: Tokenizer
     template: ChatTemplate
+    control: RunControl
     owners: ExitStack
 
 
@@ -77,7 +81,8 @@ class Session:
             tokenizer = owners.enter_context(Tokenizer(engine.file.paths[0]))
             source = tokenizer.chat_template if chat_template is None else chat_template
             template = ChatTemplate(source, tokenizer.bos_text, tokenizer.eos_text)
-            self._model = LoadedModel(engine, tokenizer, template, owners.pop_all())
+            control = RunControl(engine)
+            self._model = LoadedModel(engine, tokenizer, template, control, owners.pop_all())
         return _describe(path, self._model, time.perf_counter() - started)
 
     def close(self) -> None:
@@ -86,14 +91,28 @@ class Session:
         if model is not None:
             model.owners.close()
 
-    def snapshot(self) -> StatsSnapshot:
+    def snapshot(self, with_experts: bool = False) -> StatsSnapshot:
         """The engine's counters; from any thread."""
-        return self._loaded().engine.snapshot()
+        return self._loaded().engine.snapshot(with_experts)
+
+    @property
+    def settings(self) -> RunSettings | None:
+        """What the owner may change, None without a model; from any thread."""
+        model = self._model
+        return model.control.settings if model is not None else None
+
+    def change(self, wanted: ChangeFields) -> RunSettings:
+        """Change it, between two tokens. Raises OptionError, ProfileError."""
+        return self._loaded().control.change(wanted)
 
     def generate(
-        self, request: GenerateRequest, emit: Emit, cancelled: Cancelled
+        self,
+        request: GenerateRequest,
+        emit: Emit,
+        cancelled: Cancelled,
+        between: Callable[[], None] = lambda: None,
     ) -> GenerateResult:
-        """Make one answer and emit it as it comes.
+        """Make one answer and emit it as it comes; `between` is called before every token.
 
         Raises OptionError, TemplateError, ContextFullError.
         """
@@ -102,7 +121,8 @@ class Session:
         tokens = model.tokenizer.tokenize(text, add_special=True, parse_special=True)
         opening = _THINK + "\n" if _opens_thinking(text, request) else ""
         with Sampler(model.tokenizer, request.sampling, tokens) as sampler:
-            result = Answer(model, request, emit, opening).make(tokens, sampler, cancelled)
+            answer = Answer(model, request, emit, opening)
+            result = answer.make(tokens, sampler, cancelled, between)
         with suppress(OptionError):  # told when the model was loaded; the answer counts more
             model.engine.save_usage()
         return result
@@ -206,13 +226,21 @@ class Answer:
         self._detokenizer = model.tokenizer.detokenizer(keep_leading_space=continues_text)
         self._n_cached = 0
         self._n_generated = 0
+        self._paused_s = 0.0
         self._prompt_end = time.perf_counter()
         self._after_prompt = model.engine.snapshot()
 
-    def make(self, tokens: list[int], sampler: Sampler, cancelled: Cancelled) -> GenerateResult:
-        """Generate to the end; the text goes to `emit`, what it cost is returned."""
+    def make(
+        self,
+        tokens: list[int],
+        sampler: Sampler,
+        cancelled: Cancelled,
+        between: Callable[[], None],
+    ) -> GenerateResult:
+        """Generate to the end; the text goes to `emit`, what it cost is returned. The time that
+        `between` takes, which may be a pause, is nobody's."""
         engine, started = self._model.engine, time.perf_counter()
-        stop_reason = self._generate(tokens, sampler, cancelled)
+        stop_reason = self._generate(tokens, sampler, cancelled, between)
         self._emit_text(self._detokenizer.flush())
         counted = engine.snapshot().counted_since(self._after_prompt)
         return GenerateResult(
@@ -221,7 +249,7 @@ class Answer:
             n_cached=self._n_cached,
             n_generated=self._n_generated,
             prompt_s=self._prompt_end - started,
-            generation_s=time.perf_counter() - self._prompt_end,
+            generation_s=time.perf_counter() - self._prompt_end - self._paused_s,
             n_past=engine.n_past,
             n_ctx=engine.n_ctx,
             seed=sampler.seed,
@@ -238,7 +266,13 @@ class Answer:
             verified_agreement=counted.verified_agreement,
         )
 
-    def _generate(self, tokens: list[int], sampler: Sampler, cancelled: Cancelled) -> str:
+    def _generate(
+        self,
+        tokens: list[int],
+        sampler: Sampler,
+        cancelled: Cancelled,
+        between: Callable[[], None],
+    ) -> str:
         steps = self._model.engine.generate(
             tokens,
             sampler.sample,
@@ -253,6 +287,10 @@ class Answer:
             if step.token >= 0 and step.stop_reason != "eos":
                 self._n_generated += 1
                 self._emit_text(self._detokenizer.push(step.token))
+            if step.stop_reason is None:
+                began_s = time.perf_counter()
+                between()
+                self._paused_s += time.perf_counter() - began_s
         return stop_reason
 
     def _on_prompt(self, done: int, total: int, n_cached: int) -> None:

@@ -10,6 +10,8 @@ from dataclasses import dataclass, fields, replace
 from threading import Lock
 from typing import TYPE_CHECKING, Any
 
+from runner.expert_counts import ExpertCounter, ExpertCounts
+
 if TYPE_CHECKING:  # the terminal reads snapshots, and needs no numpy for that
     from runner.miss_policy import RoutingPlan
 
@@ -80,6 +82,7 @@ class StatsSnapshot:
     verified_kl_max: float
     verify_s: float  # what that took; in no other time, and its pairs count nowhere
     uptime_s: float
+    experts: ExpertCounts | None = None  # where asked for
 
     @property
     def n_pairs(self) -> int:
@@ -167,8 +170,10 @@ class StatsRecorder:
         n_slots: tuple[int, ...] = (),
         buddy: str = "",
         buddy_budget: float = 0.0,
+        n_expert: int = 0,
     ) -> None:
-        """n_slots: of each layer's cache, () without one; buddy: the policy, "" and 0 without."""
+        """n_slots: of each layer's cache, () without one; buddy: the policy, "" and 0 without;
+        n_expert: of a layer, 0 = nothing is counted per expert."""
         self._started = time.monotonic()
         self._lock = Lock()
         self._n_slots = n_slots
@@ -187,6 +192,7 @@ class StatsRecorder:
         self._read_ns = 0
         self._n_prefetch_used = 0
         self._n_prefetch_wasted = 0
+        self._experts = ExpertCounter(n_layer, n_expert) if n_expert else None
         self._buddy, self._buddy_budget = buddy, buddy_budget
         self._standin_share = 0.0
         self._output_entropy = 0.0
@@ -217,23 +223,36 @@ class StatsRecorder:
                 if plan.weight is not None:
                     for name in _CLASSES:
                         self._weight[name][layer] += getattr(plan.weight, name)
+                if self._experts is not None:
+                    self._experts.record_plan(layer, plan)
             self._n_routings += len(plans)
             self._n_tokens[is_prompt] += n_tokens
             self._batch_ns[is_prompt] += total_ns
             self._compute_ns += compute_ns
             self._wait_ns += wait_ns
 
-    def record_read(self, layer: int, n_bytes: int, duration_ns: int) -> None:
-        """Count one finished read of an expert; `layer` counts the MoE layers, from 0."""
+    def record_read(
+        self, layer: int, n_bytes: int, duration_ns: int, expert: int | None = None
+    ) -> None:
+        """Count one finished read; `layer` counts the MoE layers, from 0. expert: who is in a slot
+        now because of it."""
         with self._lock:
             self._bytes_read[layer] += n_bytes
             self._read_ns += duration_ns
+            if expert is not None and self._experts is not None:
+                self._experts.record_load(layer, expert)
 
     def record_prefetch(self, n_used: int, n_wasted: int) -> None:
         """Count experts read ahead: those that were then chosen, and the others."""
         with self._lock:
             self._n_prefetch_used += n_used
             self._n_prefetch_wasted += n_wasted
+
+    def set_buddies(self, buddy: str, buddy_budget: float) -> None:
+        """From now on this policy, "" for none, has this budget."""
+        with self._lock:
+            self._buddy, self._buddy_budget = buddy, buddy_budget
+            self._standin_share = 0.0
 
     def record_standins(self, share: float) -> None:
         """The part of the last tokens' router weight that stand-ins carried."""
@@ -261,8 +280,9 @@ class StatsRecorder:
         n_ctx: int,
         residency: tuple[tuple[int, ...], ...] = (),
         n_evicted: tuple[int, ...] = (),
+        with_experts: bool = False,
     ) -> StatsSnapshot:
-        """The counters now: always of whole batches."""
+        """The counters now: always of whole batches. with_experts: those of every expert too."""
         with self._lock:
             total_ns = self._batch_ns[True] + self._batch_ns[False]
             return StatsSnapshot(
@@ -304,6 +324,7 @@ class StatsRecorder:
                 verified_kl_max=self._verified_kl_max,
                 verify_s=self._verify_ns / 1e9,
                 uptime_s=time.monotonic() - self._started,
+                experts=self._experts.counts() if with_experts and self._experts else None,
             )
 
 
@@ -323,6 +344,7 @@ _STATES = (  # as they are now, not counted
     "output_entropy",
     "repeated_4grams",
     "verified_kl_max",
+    "experts",
 )
 _COUNTERS = tuple(field.name for field in fields(StatsSnapshot) if field.name not in _STATES)
 

@@ -54,12 +54,13 @@ class TokenGraph:
         config, weights = self._parts.config, self._parts.weights.layers[layer]
         slabs = self._parts.slabs[layer]
         assert slabs is not None, "only for models with experts"
-        router = self._parts.state.router(g, 1)
         if not self._is_restricted:
+            router = self._parts.state.lone_router(g, layer)
             model.route(g, config, weights, residual, router)
             slots, shares = router.expert_ids, router.weights
         else:
             assert self._parts.residency is not None
+            router = self._parts.state.router(g, 1)
             here = self._parts.residency.of_layer(g, layer)
             kept = RouterTensors(router.ffn_input, here.expert_ids, here.weights, here.scores)
             model.route(g, config, weights, residual, kept)

@@ -1,8 +1,9 @@
 """The engine's process: takes requests from one client and answers. Knows no terminal.
 
 The main thread loads, generates and measures, one job at a time (time limits by signals need it).
-A reader thread takes the messages, so that `cancel` and `stats` work while the main thread
-computes, and ends the process at once when the client is gone.
+A reader thread takes the messages, so that `cancel`, `stats` and `frame` work while the main thread
+computes, and ends the process at once when the client is gone. What is to change in a running
+answer is left for the main thread, which looks between two tokens. A third thread serves viewers.
 """
 
 import contextlib
@@ -12,16 +13,12 @@ import secrets
 import sys
 import threading
 import traceback
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable
 from multiprocessing.connection import Connection, Listener
 from pathlib import Path
-from queue import SimpleQueue
-from typing import Any, Protocol
+from queue import Empty, SimpleQueue
 
 from runner import protocol
-from runner.config import EngineConfig, GenerateRequest
-from runner.doctor_report import DoctorReport
 from runner.errors import (
     BackendError,
     BuddyrunError,
@@ -29,84 +26,14 @@ from runner.errors import (
     InternalError,
     OptionError,
 )
+from runner.frames import Frame
+from runner.jobs import KINDS, Job, Jobs, SessionLike, body
 from runner.process.worker_home import Home, accept, announce
-from runner.protocol import (
-    BenchSample,
-    BenchTest,
-    DoctorFields,
-    FrontierFields,
-    GenerateResult,
-    Message,
-    ModelInfo,
-    PerplexityFields,
-    ProfileFields,
-    ProfileResult,
-)
-from runner.quality.evaluation import Evaluation, RunProgress, WindowDone
-from runner.quality.frontier import FrontierBase, FrontierPoint
+from runner.protocol import ChangeFields, Message
+from runner.run_board import RunBoard
+from runner.viewers import Viewers
 
 CLIENT_WAIT_S = 60.0  # a worker that nobody has called for so long exits
-JOBS = ("load", "generate", "bench", "perplexity", "profile", "frontier", "doctor")
-
-Cancelled = Callable[[], bool]
-
-
-class SessionLike(Protocol):
-    """What the worker needs of `runner.session.Session`."""
-
-    def load(
-        self,
-        path: str,
-        config: EngineConfig,
-        chat_template: str | None,
-        on_progress: Callable[[str, int, int], None],
-        cancelled: Cancelled,
-    ) -> ModelInfo: ...
-
-    def generate(
-        self, request: GenerateRequest, emit: Callable[[Any], None], cancelled: Cancelled
-    ) -> GenerateResult: ...
-
-    def bench(
-        self,
-        tests: Sequence[BenchTest],
-        repetitions: int,
-        text: str,
-        emit: Callable[[BenchSample], None],
-        cancelled: Cancelled,
-    ) -> None: ...
-
-    def perplexity(
-        self,
-        wanted: PerplexityFields,
-        on_progress: Callable[[str, int, int], None],
-        emit: Callable[[RunProgress | WindowDone], None],
-        cancelled: Cancelled,
-    ) -> Evaluation: ...
-
-    def profile(
-        self,
-        wanted: ProfileFields,
-        on_progress: Callable[[str, int, int], None],
-        cancelled: Cancelled,
-    ) -> ProfileResult: ...
-
-    def frontier(
-        self,
-        wanted: FrontierFields,
-        on_progress: Callable[[str, int, int], None],
-        emit: Callable[[RunProgress | FrontierBase | FrontierPoint], None],
-        cancelled: Cancelled,
-    ) -> None: ...
-
-    def doctor(
-        self,
-        wanted: DoctorFields,
-        on_progress: Callable[[str, int, int], None],
-        cancelled: Cancelled,
-    ) -> DoctorReport: ...
-
-    def snapshot(self) -> object: ...
 
 
 def main(session_factory: Callable[[], SessionLike] | None = None) -> None:
@@ -140,6 +67,7 @@ def serve(home: Home, listener: Listener, session_factory: Callable[[], SessionL
             desk.connection = accept(listener)
             nobody_came.cancel()
             home.close(listener)
+            _open_to_viewers(home, desk)
             desk.read_requests()
         except Exception:
             traceback.print_exc()
@@ -147,17 +75,16 @@ def serve(home: Home, listener: Listener, session_factory: Callable[[], SessionL
         home.leave(0)
 
     threading.Thread(target=read, daemon=True).start()
-    desk.session = session_factory()  # the heavy imports, while the client connects
+    desk.begin(session_factory())  # the heavy imports, while the client connects
     while True:
         desk.run_next_job()
 
 
-@dataclass
-class Job:
-    """A request for the main thread."""
-
-    message: Message
-    cancelled: threading.Event = field(default_factory=threading.Event)
+def _open_to_viewers(home: Home, desk: "Desk") -> None:
+    """Let this user's other programs watch. A run that nobody can watch is a run all the same."""
+    listener = home.listen_to_viewers(os.environ)
+    if listener is not None:
+        threading.Thread(target=Viewers(listener, desk.frame).run, daemon=True).start()
 
 
 class Desk:
@@ -165,8 +92,10 @@ class Desk:
 
     def __init__(self) -> None:
         self.connection: Connection | None = None  # set before any job exists
-        self.session: SessionLike | None = None  # set before the first job runs
-        self._jobs: SimpleQueue[Job] = SimpleQueue()
+        self._session: SessionLike | None = None  # set before the first job runs
+        self._board = RunBoard()
+        self._queue: SimpleQueue[Job | None] = SimpleQueue()  # None: look for changes
+        self._changes: SimpleQueue[Message | None] = SimpleQueue()  # None: look up
         self._running: Job | None = None  # set by the reader, cleared by the main thread
         self._cancelled_id: object = None  # a cancel may come before what it cancels
         self._send_lock = threading.Lock()
@@ -197,7 +126,12 @@ class Desk:
             self._cancel(message.get("target"))
         elif kind == "stats":
             self._answer(number, self._stats)
-        elif kind not in JOBS:
+        elif kind == "frame":
+            self._answer(number, lambda: {"type": "frame", "frame": self.frame()})
+        elif kind == "change":
+            self._changes.put(message)
+            self._queue.put(None)  # where no answer is made nobody looks between tokens
+        elif kind not in KINDS:
             self._reply_error(number, OptionError(f"no such request: {kind:.40}"))
         elif self._running is not None:
             self._reply_error(number, OptionError("the engine is busy with another request"))
@@ -205,117 +139,73 @@ class Desk:
             self._running = Job(message)
             if number is not None and number == self._cancelled_id:
                 self._running.cancelled.set()
-            self._jobs.put(self._running)
+            self._queue.put(self._running)
 
     def _cancel(self, target: object) -> None:
         self._cancelled_id = target
         job = self._running
         if job is not None and job.message.get("id") == target:
             job.cancelled.set()
+            self._changes.put(None)  # it may be paused
 
     def _stats(self) -> Message:
-        if self.session is None:
+        if self._session is None:
             raise OptionError("no model is loaded")
-        return {"type": "stats", "snapshot": self.session.snapshot()}
+        return {"type": "stats", "snapshot": self._session.snapshot()}
 
     # the main thread
 
+    def begin(self, session: SessionLike) -> None:
+        """Jobs can be done from now on."""
+        self._session = session
+        self._jobs = Jobs(session, self._board, self._reply, self._look_between_tokens)
+
     def run_next_job(self) -> None:
-        """Wait for a job, do it, reply."""
-        job = self._jobs.get()
-        self._answer(job.message.get("id"), lambda: self._do(job), self._finish)
+        """Wait for a job or changes, do them, reply."""
+        job = self._queue.get()
+        if job is None:
+            self._make_changes()
+        else:
+            self._answer(job.message.get("id"), lambda: self._jobs.do(job), self._finish)
 
     def _finish(self) -> None:
         self._running = None
 
-    def _do(self, job: Job) -> Message:
-        match job.message["type"]:
-            case "load":
-                return {"type": "loaded", "info": self._load(job)}
-            case "generate":
-                return {"type": "done", "result": self._generate(job)}
-            case "perplexity":
-                return {"type": "perplexity_done", "evaluation": self._perplexity(job)}
-            case "profile":
-                return {"type": "profile_done", "result": self._profile(job)}
-            case "frontier":
-                self._frontier(job)
-                return {"type": "frontier_done"}
-            case "doctor":
-                return {"type": "doctor_done", "report": self._doctor(job)}
-            case _:
-                self._bench(job)
-                return {"type": "bench_done"}
+    def _look_between_tokens(self, job: Job) -> None:
+        """Make the changes that came; while the run is paused wait for one that ends that."""
+        assert self._session is not None
+        self._make_changes()
+        while (settings := self._session.settings) and settings.is_paused:
+            if job.cancelled.is_set():
+                return
+            self._board.note("paused")
+            self._make_change(self._changes.get())
 
-    def _load(self, job: Job) -> ModelInfo:
-        assert self.session is not None
-        wanted = protocol.parse(protocol.LoadFields, _body(job.message))
-        return self.session.load(
-            wanted.model,
-            wanted.engine,
-            wanted.chat_template,
-            self._load_progress(job),
-            job.cancelled.is_set,
-        )
+    def _make_changes(self) -> None:
+        with contextlib.suppress(Empty):
+            while True:
+                self._make_change(self._changes.get_nowait())
 
-    def _load_progress(self, job: Job) -> Callable[[str, int, int], None]:
-        def on_progress(stage: str, done: int, total: int) -> None:
-            self._reply(job, {"type": "progress", "stage": stage, "done": done, "total": total})
+    def _make_change(self, message: Message | None) -> None:
+        if message is not None:
+            wanted = message
+            self._answer(wanted.get("id"), lambda: self._change(wanted))
 
-        return on_progress
+    def _change(self, message: Message) -> Message:
+        assert self._session is not None
+        wanted = protocol.parse(ChangeFields, body(message))
+        return {"type": "changed", "settings": self._session.change(wanted)}
 
-    def _generate(self, job: Job) -> GenerateResult:
-        assert self.session is not None
-        wanted = protocol.parse(protocol.GenerateFields, _body(job.message))
+    # any thread
 
-        def emit(event: object) -> None:
-            kind = "text" if isinstance(event, protocol.TextPiece) else "prompt_progress"
-            self._reply(job, {"type": kind, **vars(event)})
-
-        return self.session.generate(wanted.request, emit, job.cancelled.is_set)
-
-    def _bench(self, job: Job) -> None:
-        assert self.session is not None
-        wanted = protocol.parse(protocol.BenchFields, _body(job.message))
-
-        def emit(sample: BenchSample) -> None:
-            self._reply(job, {"type": "bench_result", **vars(sample)})
-
-        self.session.bench(
-            wanted.tests, wanted.repetitions, wanted.text, emit, job.cancelled.is_set
-        )
-
-    def _perplexity(self, job: Job) -> Evaluation:
-        assert self.session is not None
-        wanted = protocol.parse(PerplexityFields, _body(job.message))
-        return self.session.perplexity(
-            wanted, self._load_progress(job), self._run_events(job), job.cancelled.is_set
-        )
-
-    def _run_events(self, job: Job) -> Callable[[object], None]:
-        def emit(event: object) -> None:
-            self._reply(job, {"type": protocol.EVENT_TYPES[type(event)], **vars(event)})
-
-        return emit
-
-    def _profile(self, job: Job) -> ProfileResult:
-        assert self.session is not None
-        wanted = protocol.parse(ProfileFields, _body(job.message))
-        return self.session.profile(wanted, self._load_progress(job), job.cancelled.is_set)
-
-    def _frontier(self, job: Job) -> None:
-        assert self.session is not None
-        wanted = protocol.parse(FrontierFields, _body(job.message))
-        self.session.frontier(
-            wanted, self._load_progress(job), self._run_events(job), job.cancelled.is_set
-        )
-
-    def _doctor(self, job: Job) -> DoctorReport:
-        assert self.session is not None
-        wanted = protocol.parse(DoctorFields, _body(job.message))
-        return self.session.doctor(wanted, self._load_progress(job), job.cancelled.is_set)
-
-    # both threads
+    def frame(self) -> Frame:
+        """What the engine does now."""
+        if self._session is None or not self._board.has_model:
+            return self._board.frame(None, None)
+        try:
+            return self._board.frame(self._session.settings, self._session.snapshot(True))
+        except OptionError:  # the model is gone since
+            return self._board.frame(None, None)
 
     def _answer(
         self, number: object, make: Callable[[], Message], finish: Callable[[], None] | None = None
@@ -347,10 +237,6 @@ class Desk:
         # When the client is gone the reader thread sees it too and ends the process.
         with self._send_lock, contextlib.suppress(OSError):
             protocol.send(self.connection, message)
-
-
-def _body(message: Message) -> Message:
-    return {name: value for name, value in message.items() if name not in ("id", "type")}
 
 
 def _error(error: BuddyrunError | CancelledError) -> Message:

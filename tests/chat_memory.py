@@ -10,8 +10,8 @@ import json
 import sys
 from pathlib import Path
 
-from runner.client import Client
 from runner.config import EngineConfig, GenerateRequest, SamplingConfig
+from runner.engine_client import Client
 from runner.protocol import GenerateResult
 
 N_WORDS = 300

@@ -90,7 +90,7 @@ class ExpertRunner:
         loads = self._cache.stop_filling()
         self.wait_ns += time.perf_counter_ns() - started
         for load in loads:
-            self._stats.record_read(load.layer, load.n_read_bytes, load.duration_ns)
+            self._stats.record_read(load.layer, load.n_read_bytes, load.duration_ns, load.expert)
 
     def can_run_whole(self, n_tokens: int) -> bool:
         """Whether the host has nothing to decide about a batch: a single token whose router is
@@ -133,7 +133,7 @@ class ExpertRunner:
             return self._planner.plan_of_all(expert_ids)
         if is_counted:
             table.record_use(layer, expert_ids)
-        plan = self._planner.plan(graph, layer, expert_ids)
+        counted = plan = self._planner.plan(graph, layer, expert_ids)
         if plan.n_dropped:
             plan = replace(plan, experts=self._with_filler(layer, plan.experts))
         guess = self._end_guess(layer, plan)
@@ -149,7 +149,7 @@ class ExpertRunner:
             graph.apply_passes(plan.weights)
         if len(expert_ids) == 1 and is_counted:
             self._upload_ahead(layer, plan)
-        return plan
+        return counted
 
     def _upload_ahead(self, layer: int, plan: RoutingPlan) -> None:
         """Bring to the device what the host had to compute, if that pays for tokens to come."""
@@ -217,6 +217,6 @@ class ExpertRunner:
         self._count_read(load)
 
     def _count_read(self, load: Load) -> None:
-        self._stats.record_read(load.layer, load.n_read_bytes, load.duration_ns)
+        self._stats.record_read(load.layer, load.n_read_bytes, load.duration_ns, load.expert)
         if not load.n_skipped_bytes:  # the rest of an expert says little about a whole one
             self._cache.store.observe_read(load.n_read_bytes, load.duration_ns / 1e9)

@@ -34,9 +34,14 @@ class MissPlanner:
         self._store = cache.store
         self._passes = passes
         self._miss_action = miss_action
-        self._buddies = buddies
+        self._counts_weight = counts_weight
         self.is_exact = False  # the batch: nobody stands in
-        self.counts_weight = counts_weight or buddies is not None
+        self.set_buddies(buddies)
+
+    def set_buddies(self, buddies: BuddyPolicy | None) -> None:
+        """Who may stand in from the next batch on."""
+        self._buddies = buddies
+        self.counts_weight = self._counts_weight or buddies is not None
 
     @property
     def may_read(self) -> bool:

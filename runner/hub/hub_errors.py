@@ -142,8 +142,8 @@ def _no_way(asked: Asked, error: "httpx.TransportError") -> str:
         return f"the proxy does not let {asked} through: {_one_line(error)}"
     if isinstance(error, httpx.ConnectError | httpx.ConnectTimeout):
         return (
-            f"{_asked_host(error)} cannot be reached: {_one_line(error)}; check the network and HF_ENDPOINT"
-            " (--offline uses what is on this machine)"
+            f"{_asked_host(error)} cannot be reached: {_one_line(error)}; check the network and"
+            " HF_ENDPOINT (--offline uses what is on this machine)"
         )
     if isinstance(error, httpx.TimeoutException):
         return f"no answer for {constants.HF_HUB_DOWNLOAD_TIMEOUT} s about {asked}"

@@ -6,23 +6,40 @@ import signal
 import socket
 import sys
 import threading
-from dataclasses import dataclass
+from collections.abc import Mapping
+from contextlib import suppress
 from multiprocessing import AuthenticationError
 from multiprocessing.connection import Connection, Listener
 from pathlib import Path
 
+from runner.process import meeting_place
 
-@dataclass(frozen=True)
+
 class Home:
     """The worker's private directory, which holds its socket, and the ways to leave."""
 
-    directory: Path
+    def __init__(self, directory: Path) -> None:
+        self.directory = directory
+        self._for_viewers: Path | None = None  # a second socket, elsewhere
 
     def listen(self, authkey: bytes) -> Listener:
         """Listen where only this user can call: a socket in the directory, or a named pipe."""
         if sys.platform == "win32":
             return Listener(family="AF_PIPE", authkey=authkey)
         return Listener(str(self.directory / "s"), "AF_UNIX", authkey=authkey)
+
+    def listen_to_viewers(self, environment: Mapping[str, str]) -> socket.socket | None:
+        """Listen where this user's other programs look for engines; None where that cannot be."""
+        if not meeting_place.HAS_MEETING_PLACE:
+            return None
+        place = meeting_place.directory(environment)
+        try:
+            listener = meeting_place.open_socket(place, os.getpid())
+        except OSError as error:
+            print(f"nobody can watch this run: {place}: {error}", file=sys.stderr)
+            return None
+        self._for_viewers = meeting_place.path_of(place, os.getpid())
+        return listener
 
     def close(self, listener: Listener) -> None:
         """Take no more calls and leave no file behind."""
@@ -32,6 +49,9 @@ class Home:
     def leave(self, status: int) -> None:
         """End the process now, whatever native code computes, and leave no file behind."""
         self._remove()
+        if self._for_viewers is not None:
+            with suppress(OSError):
+                self._for_viewers.unlink(missing_ok=True)
         os._exit(status)
 
     def _remove(self) -> None:

@@ -47,7 +47,7 @@ def _ask(measure: bool, is_verbose: bool) -> tuple[DoctorReport, tuple[str, ...]
         stage = text
         status.show_progress(text, done, total)
 
-    from runner.client import Client
+    from runner.engine_client import Client
 
     status = StatusLine(sys.stderr)
     with Client.start() as client:

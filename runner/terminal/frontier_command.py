@@ -186,7 +186,7 @@ class FrontierProgress:
 
 
 def _measure(wanted: FrontierFields, record: FrontierRecord, is_verbose: bool) -> None:
-    from runner.client import Client
+    from runner.engine_client import Client
 
     status = StatusLine(sys.stderr)
     with Client.start() as client:

@@ -9,7 +9,7 @@ from runner.terminal.chat_view import REPEATS, ChatView, eight_labels, repeats_i
 from runner.terminal.terminal_text import visible
 
 if TYPE_CHECKING:
-    from runner.client import Client
+    from runner.engine_client import Client
 
 
 def answer_once(

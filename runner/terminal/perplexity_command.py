@@ -40,7 +40,7 @@ def judge_model(model: str, params: Params) -> None:
 
 def _evaluate(wanted: PerplexityFields, is_verbose: bool) -> Evaluation:
     """The worker's figures; meanwhile a line on stderr says how far it is."""
-    from runner.client import Client
+    from runner.engine_client import Client
 
     status = StatusLine(sys.stderr)
     with Client.start() as client:

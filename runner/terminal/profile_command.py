@@ -112,7 +112,7 @@ class ProgressLine:
 
 
 def _make(wanted: ProfileFields, is_verbose: bool) -> ProfileResult:
-    from runner.client import Client
+    from runner.engine_client import Client
 
     status = StatusLine(sys.stderr)
     with Client.start() as client:

@@ -22,8 +22,9 @@ from runner.terminal.terminal_text import storable, visible
 
 if TYPE_CHECKING:
     from quant.gguf_file import GGUFFile
-    from runner.client import Client
+    from runner.engine_client import Client
     from runner.model_config import ModelConfig
+    from runner.screens import Screens
     from runner.show import ReportedDevice
     from runner.terminal.chat_input import Reader
     from runner.terminal.history import LineHistory
@@ -34,7 +35,11 @@ _READING_STDIN = "reading the prompt from stdin until it ends; < /dev/null keeps
 
 
 def run_model(
-    params: Params, words: list[str], environment: Environment, commands: list[str]
+    params: Params,
+    words: list[str],
+    environment: Environment,
+    commands: list[str],
+    screens: "Screens | None" = None,
 ) -> None:
     """Chat with a model or answer once, as the parameters say. Raises BuddyrunError."""
     path = _model_file(params, commands)
@@ -103,7 +108,7 @@ def reported_device(name: str) -> "ReportedDevice | None":
 
     Raises OptionError.
     """
-    from runner.client import Client
+    from runner.engine_client import Client
     from runner.protocol import DoctorFields
     from runner.show import ReportedDevice
 
@@ -127,7 +132,7 @@ def loaded_model(
 ) -> Iterator[tuple["Client", ModelInfo]]:
     """A client with the model loaded; the worker ends with the block."""
     from runner.chat import progress
-    from runner.client import Client
+    from runner.engine_client import Client
 
     with Client.start() as client:
         try:

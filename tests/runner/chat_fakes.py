@@ -7,8 +7,8 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any, cast
 
 from runner.chat import Chat
-from runner.client import Client
 from runner.config import GenerateRequest
+from runner.engine_client import Client
 from runner.protocol import GenerateResult, ModelInfo, PromptProgress, TextPiece
 from runner.terminal.chat_view import ChatView
 from runner.terminal.conversation import ChatSettings, Conversation

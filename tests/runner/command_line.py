@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 from unittest import mock
 
-from runner import client
+from runner import engine_client
 from runner.cli import main
 from tests.runner.scripted_client import ScriptedClient
 
@@ -27,7 +27,7 @@ def buddyrun(*arguments: str, stdin: bytes = b"", **environment: str) -> Done:
         mock.patch.object(sys, "stdout", streams["out"]),
         mock.patch.object(sys, "stderr", streams["err"]),
         mock.patch.dict(os.environ, environment),
-        mock.patch.object(client, "Client", ScriptedClient),
+        mock.patch.object(engine_client, "Client", ScriptedClient),
     ):
         try:
             status = main(list(arguments))

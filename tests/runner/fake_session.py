@@ -5,17 +5,14 @@ import mmap
 import os
 import sys
 import threading
-from dataclasses import dataclass
+from dataclasses import replace
 from pathlib import Path
 
 from runner.doctor_report import Bandwidth, DoctorReport
-from runner.errors import CancelledError, ContextFullError, ModelError
+from runner.errors import CancelledError, ContextFullError, ModelError, OptionError
+from runner.frames import RunSettings
 from runner.protocol import BenchSample, GenerateResult, ModelInfo, PromptProgress, TextPiece
-
-
-@dataclass(frozen=True)
-class FakeSnapshot:
-    n_generated: int
+from runner.stats import StatsRecorder
 
 
 class FakeSession:
@@ -24,13 +21,14 @@ class FakeSession:
     def __init__(self):
         self.n_generated = 0
         self.path = ""
+        self.settings = RunSettings(False, "router", 0.05, False)
 
     def load(self, path, config, chat_template, on_progress, cancelled):
         on_progress("weights", 1, 2)
-        if "hang" in path:
+        if "hang" in Path(path).name:
             wait_for(cancelled)
             raise CancelledError
-        if "abort" in path:
+        if "abort" in Path(path).name:
             die("ggml.c:7: GGML_ASSERT(n_loaded == 1) failed")
         if not Path(path).exists():
             raise ModelError(f"{path}: no such file")
@@ -45,12 +43,12 @@ class FakeSession:
             notes=("a note",),
         )  # fmt: skip
 
-    def generate(self, request, emit, cancelled):
+    def generate(self, request, emit, cancelled, between):
         action, _, argument = (request.prompt or "").partition(" ")
         if action == "count":
-            return self.count(int(argument), emit, cancelled)
+            return self.count(int(argument), emit, cancelled, between)
         if action == "forever":
-            return self.count(10**9, emit, cancelled)
+            return self.count(10**9, emit, cancelled, between)
         if action == "read":
             return self.read_prompt(emit, cancelled)
         if action == "messages":
@@ -58,12 +56,13 @@ class FakeSession:
             return result("eos", 1)
         return misbehave(action, self.path)
 
-    def count(self, n, emit, cancelled):
+    def count(self, n, emit, cancelled, between):
         for number in range(n):
             if cancelled():
                 return result("cancelled", number)
             self.n_generated = number + 1
             emit(TextPiece(f"{number} ", number + 1))
+            between()
         return result("length", n)
 
     def read_prompt(self, emit, cancelled):
@@ -82,10 +81,19 @@ class FakeSession:
             die("ggml-vulkan.cpp:1: GGML_ASSERT(device) failed")
         return DoctorReport("", "/l", ("cpu",), "0", ("CPU",), (), "cpu", Bandwidth(None, "no"))
 
-    def snapshot(self):
+    def snapshot(self, with_experts=False):
         if not self.path:
-            raise ModelError("no model is loaded")
-        return FakeSnapshot(self.n_generated)
+            raise OptionError("no model is loaded")
+        recorder = StatsRecorder(3, (2, 2, 2), n_expert=4)
+        snapshot = recorder.snapshot(self.n_generated, 64, ((0, 1),) * 3, (), with_experts)
+        return replace(snapshot, n_tokens_generated=self.n_generated)
+
+    def change(self, wanted):
+        if wanted.buddy == "nobody":
+            raise OptionError("nobody is no policy")
+        given = {name: value for name, value in vars(wanted).items() if value is not None}
+        self.settings = replace(self.settings, **given)
+        return self.settings
 
 
 def result(reason, n):

@@ -12,7 +12,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import Any, Self
 
-from runner import client
+from runner import engine_client
 from runner.cli import main
 from runner.config import EngineConfig, GenerateRequest
 from runner.errors import ContextFullError, WorkerDiedError
@@ -36,7 +36,7 @@ HEAVY = ("llama_cpp", "quant.ggml", "torch", "numpy", "textual", "gguf")
 
 
 class ScriptedClient:
-    """Stands in for `runner.client.Client`."""
+    """Stands in for `runner.engine_client.Client`."""
 
     log = "the last words of the engine"
 
@@ -154,5 +154,5 @@ class ScriptedClient:
 
 
 if __name__ == "__main__":
-    client.Client = ScriptedClient  # type: ignore[misc, assignment]
+    engine_client.Client = ScriptedClient  # type: ignore[misc, assignment]
     sys.exit(main())

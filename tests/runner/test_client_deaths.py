@@ -12,8 +12,8 @@ from pathlib import Path
 import psutil
 import pytest
 
-from runner.client import Client
 from runner.config import EngineConfig, GenerateRequest
+from runner.engine_client import Client
 from runner.errors import WorkerDiedError
 from runner.process import worker_process
 
@@ -228,7 +228,7 @@ PARENT = """
 import sys
 sys.path.insert(0, {root!r})
 from runner.process import worker_process
-from runner.client import Client
+from runner.engine_client import Client
 from runner.config import GenerateRequest
 worker_process.PROGRAM = {program!r}
 {before}

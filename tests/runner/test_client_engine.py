@@ -12,8 +12,8 @@ from pathlib import Path
 import psutil
 import pytest
 
-from runner.client import Client
 from runner.config import EngineConfig, GenerateRequest, SamplingConfig
+from runner.engine_client import Client
 from runner.errors import ContextFullError, GGUFError, OptionError, WorkerDiedError
 from runner.protocol import BenchTest, GenerateResult, TextPiece
 from tests.paths import DEMO
@@ -137,7 +137,7 @@ def test_the_parent_never_loads_native_code_nor_maps_the_model():
     script = f"""
 import sys
 sys.path.insert(0, {str(ROOT)!r})
-from runner.client import Client
+from runner.engine_client import Client
 from runner.config import EngineConfig, GenerateRequest
 with Client.start() as client:
     client.load({str(DEMO)!r}, EngineConfig(n_threads=1))
@@ -166,7 +166,7 @@ def test_a_parent_killed_in_the_middle_of_an_answer_leaves_no_worker():
     script = f"""
 import sys
 sys.path.insert(0, {str(ROOT)!r})
-from runner.client import Client
+from runner.engine_client import Client
 from runner.config import EngineConfig, GenerateRequest, SamplingConfig
 client = Client.start()
 client.load({str(DEMO)!r}, EngineConfig(n_threads=1))

@@ -19,9 +19,9 @@ import pytest
 
 from quant.devices import cpu_device
 from quant.ggml_library import load_ggml
-from runner.client import Client
 from runner.config import MOE_CACHE_OFF, EngineConfig, GenerateRequest, SamplingConfig
 from runner.devices import DeviceChoice
+from runner.engine_client import Client
 from runner.errors import BackendError, BuddyrunError, OptionError, OutOfMemoryError
 from runner.process import worker_process
 from runner.protocol import ModelInfo, TextPiece

@@ -9,9 +9,9 @@ from unittest import mock
 
 import pytest
 
-from runner import client
+from runner import engine_client
 from runner.cli import main
-from runner.client import Client
+from runner.engine_client import Client
 from tests.paths import DEMO
 
 # What would let others stand in wherever anything is missing, if nobody said --exact.
@@ -42,7 +42,7 @@ def snapshot_after(*arguments: str, stdin: str = "", **twins: str) -> dict[str, 
         mock.patch.object(sys, "stdout", streams[0]),
         mock.patch.object(sys, "stderr", streams[1]),
         mock.patch.dict(os.environ, TWINS | twins),
-        mock.patch.object(client, "Client", Watched),
+        mock.patch.object(engine_client, "Client", Watched),
     ):
         status = main(["run", "-m", str(DEMO), *arguments])
     streams[1].flush()

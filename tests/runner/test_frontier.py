@@ -16,8 +16,8 @@ import pytest
 
 from runner import frontier as module
 from runner.buddies import default_path
-from runner.client import Client
 from runner.config import BUDDY_POLICIES, EngineConfig
+from runner.engine_client import Client
 from runner.errors import CancelledError, OptionError
 from runner.frontier import FrontierEvent, measure_frontier
 from runner.protocol import FrontierFields, NamedText

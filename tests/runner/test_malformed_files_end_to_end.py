@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from runner.client import Client
 from runner.config import EngineConfig
+from runner.engine_client import Client
 from runner.errors import BuddyrunError, InternalError
 from tests.gguf_writer import write_small_mixtral
 from tests.malformed_files import BUILDERS

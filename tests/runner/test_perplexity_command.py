@@ -14,8 +14,8 @@ from unittest import mock
 
 import pytest
 
-from runner.client import Client
 from runner.config import EngineConfig
+from runner.engine_client import Client
 from runner.errors import CancelledError, GGUFError, ModelError, OptionError
 from runner.protocol import NamedText, PerplexityFields
 from runner.quality.evaluation import Evaluation, RunCost, RunProgress, WindowDone

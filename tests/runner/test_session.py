@@ -1,5 +1,7 @@
 """Session with the demo model, in this process."""
 
+from dataclasses import replace
+
 import pytest
 
 from runner.config import EngineConfig, GenerateRequest, SamplingConfig
@@ -280,7 +282,7 @@ class RecordingEngine:
 def recorded(session, monkeypatch):
     engine = RecordingEngine()
     model = session._loaded()
-    monkeypatch.setattr(session, "_model", type(model)(engine, model.tokenizer, None, None))
+    monkeypatch.setattr(session, "_model", replace(model, engine=engine))
     return session, engine
 
 

@@ -131,7 +131,7 @@ class RunnerProgram:
         self.cache.is_late = rng.random() < 0.5
         self.store.allow(0 if self.cache.is_late else inf)
         self.witness = Witness(self.model, self.cache, rng)
-        self.stats = StatsRecorder(config.n_layer, n_slots)
+        self.stats = StatsRecorder(config.n_layer, n_slots, n_expert=config.n_expert)
         self.miss_action = rng.choice(MISS_ACTIONS)
         planner = MissPlanner(self.cache, self.witness, self.miss_action)
         self.runner = runner_type(self.cache, self.witness, self.stats, planner)

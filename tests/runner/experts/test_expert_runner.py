@@ -54,7 +54,7 @@ def test_every_pair_of_ten_thousand_batches_is_computed_once_by_the_bytes_of_its
 def make_runner(cache: TimedCache, model: OpenModel, action: str) -> tuple[ExpertRunner, Witness]:
     witness = Witness(model, cache, Random(0))
     witness.hosts = [True] * model.config.n_layer
-    stats = StatsRecorder(model.config.n_layer, cache.table.n_slots)
+    stats = StatsRecorder(model.config.n_layer, cache.table.n_slots, n_expert=model.config.n_expert)
     return ExpertRunner(cache, witness, stats, MissPlanner(cache, witness, action)), witness
 
 

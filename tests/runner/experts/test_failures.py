@@ -21,9 +21,9 @@ import numpy as np
 import pytest
 
 from quant.gguf_file import GGUFFile
-from runner.client import Client
 from runner.config import MOE_CACHE_OFF, EngineConfig, GenerateRequest, SamplingConfig
 from runner.engine import Engine
+from runner.engine_client import Client
 from runner.errors import BuddyrunError, GGUFError, ModelError, WorkerDiedError
 from runner.experts.expert_runner import ExpertRunner
 from runner.experts.slot_table import EMPTY

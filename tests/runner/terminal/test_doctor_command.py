@@ -11,8 +11,8 @@ from unittest import mock
 import pytest
 
 from quant.ggml_library import SUPPORTED_LLAMA_CPP_PYTHON
-from runner.client import Client
 from runner.doctor_report import Bandwidth, DeviceReport, DoctorReport
+from runner.engine_client import Client
 from runner.gpu_advice import Installer, judge, lacking_install
 from runner.gpu_hardware import Gpu
 from runner.process import worker_process

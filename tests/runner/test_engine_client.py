@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from runner.client import Client
 from runner.config import EngineConfig, GenerateRequest
+from runner.engine_client import Client
 from runner.errors import (
     BackendError,
     CancelledError,
@@ -20,6 +20,7 @@ from runner.errors import (
     InternalError,
     ModelError,
     OptionError,
+    WorkerDiedError,
 )
 from runner.process import worker_process
 from runner.protocol import (
@@ -113,7 +114,7 @@ def test_bench_yields_one_sample_per_test(loaded):
 def test_stats_are_answered_while_an_answer_is_made(loaded):
     answer = loaded.generate(GenerateRequest(prompt="forever"))
     next(answer)
-    assert loaded.stats()["n_generated"] > 0
+    assert loaded.stats()["n_tokens_generated"] > 0
     assert next(answer) == TextPiece("1 ", 2)
 
 
@@ -281,3 +282,113 @@ def test_what_a_sitecustomize_prints_does_not_disturb_the_start(tmp_path, monkey
     monkeypatch.setattr(worker_process, "PROGRAM", FAKE)
     with Client.start() as client:
         assert client.load(model, CONFIG).name == "Fake"
+
+
+# what the owner sees and changes meanwhile
+
+
+def test_a_frame_tells_the_phase_the_settings_and_the_counters(client, model):
+    assert client.frame().phase == "starting"
+    info = client.load(model, CONFIG)
+    now = client.frame()
+    assert (now.phase, now.pid, now.owner_pid, now.model) == (
+        "ready",
+        client.pid,
+        os.getpid(),
+        info,
+    )
+    assert now.settings.buddy == "router"
+    assert now.stats.experts.used == ((0,) * 4,) * 3
+
+
+def test_frames_are_answered_while_an_answer_is_made(loaded):
+    answer = loaded.generate(GenerateRequest(prompt="forever"))
+    next(answer)
+    assert loaded.frame().phase in ("prompt", "generating")
+    assert loaded.frame().phase == "generating"
+    answer.close()
+    ask(loaded, "count 1")
+    assert loaded.frame().phase == "ready"
+
+
+def test_while_a_prompt_is_read_a_frame_tells_how_far_it_is(loaded):
+    answer = loaded.generate(GenerateRequest(prompt="read"))
+    next(answer)
+    now = loaded.frame()
+    assert (now.phase, now.done, now.total) == ("prompt", 512, 4096)
+    answer.close()
+
+
+def test_settings_are_changed_while_an_answer_is_made_and_between_two(loaded):
+    assert loaded.change(is_exact=True).is_exact
+    answer = loaded.generate(GenerateRequest(prompt="forever"))
+    next(answer)
+    assert loaded.change(buddy="blend", buddy_budget=0.25).buddy_budget == 0.25
+    with pytest.raises(OptionError, match="nobody is no policy"):
+        loaded.change(buddy="nobody")
+    now = loaded.frame().settings
+    assert (now.is_exact, now.buddy, now.buddy_budget) == (True, "blend", 0.25)
+    answer.close()
+    assert not loaded.change(is_exact=False).is_exact
+
+
+def test_a_paused_answer_waits_and_goes_on(loaded):
+    answer = loaded.generate(GenerateRequest(prompt="forever"))
+    next(answer)
+    loaded.change(is_paused=True)
+    before = loaded.stats()["n_tokens_generated"]
+    assert loaded.change(buddy="blend").is_paused, "other changes do not end the pause"
+    assert loaded.frame().phase == "paused"
+    assert loaded.stats()["n_tokens_generated"] == before
+    loaded.change(is_paused=False)
+    while loaded.stats()["n_tokens_generated"] == before:
+        pass
+    answer.close()
+
+
+def test_a_paused_answer_can_be_stopped(loaded):
+    answer = loaded.generate(GenerateRequest(prompt="forever"))
+    next(answer)
+    loaded.change(is_paused=True)
+    loaded.cancel()
+    assert list(answer)[-1].stop_reason == "cancelled"
+
+
+def test_changes_and_frames_from_many_threads_are_all_answered(loaded):
+    answer = loaded.generate(GenerateRequest(prompt="forever"))
+    next(answer)
+    failures = []
+
+    def work(number):
+        try:
+            for _ in range(20):
+                assert loaded.change(buddy_budget=0.01 * (number + 1)).buddy_budget > 0
+                assert loaded.frame().settings is not None
+        except Exception as error:
+            failures.append(error)
+
+    threads = [threading.Thread(target=work, args=(number,)) for number in range(6)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert failures == []
+    answer.close()
+
+
+def test_what_was_changed_holds_after_a_restart(loaded):
+    loaded.change(is_exact=True, buddy="blend", buddy_budget=0.25)
+    engine = loaded._loaded.engine
+    assert (engine.buddy, engine.buddy_budget) == ("off", 0.25)
+    loaded.change(is_exact=False)
+    assert loaded._loaded.engine.buddy == "blend"
+
+
+def test_a_change_is_answered_when_the_worker_dies(loaded):
+    answer = loaded.generate(GenerateRequest(prompt="forever"))
+    next(answer)
+    os.kill(loaded.pid, signal.SIGKILL)
+    with pytest.raises(WorkerDiedError):
+        loaded.change(is_exact=True)
+    with pytest.raises(WorkerDiedError):
+        loaded.frame()
