@@ -68,7 +68,9 @@ class Download:
         place: Place,
         watcher: Watcher,
         patience: Patience = Patience(),
+        segment_bytes: int = SEGMENT_BYTES,
     ) -> None:
+        self._segment_bytes = segment_bytes
         self._hub, self._contents, self._place = hub, contents, place
         self._watcher, self._patience = watcher, patience
 
@@ -131,13 +133,13 @@ class Download:
 
     def _fetch_segment(self, partial: PartialFile, file: RepoFile) -> None:
         first = partial.n_bytes
-        last = min(first + SEGMENT_BYTES, file.n_bytes) - 1
+        last = min(first + self._segment_bytes, file.n_bytes) - 1
         with self._hub.body(self._contents, file, first, last) as chunks:
             for chunk in chunks:
                 partial.append(chunk)
                 self._watcher.add(len(chunk))
-        if partial.n_bytes <= last:
-            raise PassingError(f"the connection ended before all of {file.path} had come")
+        if partial.n_bytes == first:
+            raise PassingError(f"the server sent nothing of {file.path}")
 
     def _wait(self, error: PassingError, n_failures: int) -> None:
         patience = self._patience

@@ -94,12 +94,7 @@ class CachePlace:
             return
         path.parent.mkdir(parents=True, exist_ok=True)
         draft = path.with_name(f".{file.hash}.{os.getpid()}")
-        try:
-            os.symlink(os.path.relpath(blob, path.parent), draft)
-        except OSError:
-            os.replace(blob, path)
-            return
-        os.replace(draft, path)
+        os.replace(draft if _can_link(blob, draft) else blob, path)
 
     def finish(self) -> None:
         """Let the revision's name stand for the commit, and tell backups what this folder is."""
@@ -156,6 +151,17 @@ def free_bytes(folder: Path) -> int | None:
         with suppress(OSError):
             return shutil.disk_usage(place).free
     return None
+
+
+def _can_link(blob: Path, link: Path) -> bool:
+    """Make a relative link to a blob; False where none can be, or none are wanted."""
+    if constants.HF_HUB_DISABLE_SYMLINKS:
+        return False
+    try:
+        os.symlink(os.path.relpath(blob, link.parent), link)
+    except OSError:
+        return False
+    return True
 
 
 def _size(path: Path) -> int | None:

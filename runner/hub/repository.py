@@ -89,8 +89,8 @@ class Hub:
     ) -> Iterator[Iterator[bytes]]:
         """The bytes `first` to `last` of `file`, both included, as they come.
 
-        They may end early, and are not checked. Raises HubError, PassingError, also while they
-        are read.
+        They may end early, and are not checked. From a server that understands no ranges all
+        bytes from `first` on come. Raises HubError, PassingError, also while they are read.
         """
         location = self.locate(contents, file)
         headers = {**location.headers, "Range": f"bytes={first}-{last}"}
@@ -103,7 +103,8 @@ class Hub:
         ):
             hf_raise_for_status(response)
             n_before = _n_bytes_before(response, asked, file, first)
-            yield _between(response.iter_raw(), n_before, last + 1 - first)
+            end = file.n_bytes if response.status_code == 200 else last + 1
+            yield _between(response.iter_raw(), n_before, end - first)
 
     def _headers(self, asked: str, location: str) -> dict[str, str]:
         """What to send to `location`: the token only where it was sent before."""

@@ -158,7 +158,7 @@ def _cli(arguments: list[str]) -> int:
 
 def _fetch(request: dict[str, Any]) -> int:
     from runner.errors import HubError
-    from runner.hub.download import Download, Patience
+    from runner.hub.download import SEGMENT_BYTES, Download, Patience
     from runner.hub.model_name import parse
     from runner.hub.pull import plan_pull
     from runner.hub.repository import Hub
@@ -170,7 +170,8 @@ def _fetch(request: dict[str, Any]) -> int:
         plan = plan_pull(hub, parse(request["fetch"]), folder)
         patience = Patience(n_tries=3, first_wait_s=0.0, longest_asked_s=0.0)
         watcher = QuietWatcher(sys.stderr)
-        download = Download(hub, plan.contents, plan.place, watcher, patience)
+        n_bytes = request.get("segment_bytes", SEGMENT_BYTES)
+        download = Download(hub, plan.contents, plan.place, watcher, patience, n_bytes)
         print(download.fetch(plan.variant.files))
     except HubError as error:
         print(error, file=sys.stderr)

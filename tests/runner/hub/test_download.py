@@ -101,6 +101,30 @@ def test_a_server_that_ignores_ranges_does_no_harm(
     assert hub.n_sent >= SIZE + 1_234_567
 
 
+@pytest.mark.parametrize("is_ignored", [False, True])
+def test_a_large_file_is_asked_for_in_segments(
+    is_ignored: bool, hub: LocalHub, home: Path, client: ForkServer
+) -> None:
+    repo = new_repo(hub)
+    if is_ignored:
+        hub.always.append(Fault("no range"))
+    client.start({"fetch": repo, "local_dir": "", "segment_bytes": 1_250_000})
+    assert client.wait().returncode == 0 and check_visible(home, repo)
+    firsts = [request.range for request in hub.to("cdn")]
+    ends = ["0-1249999", "1250000-2499999", "2500000-2999999"]
+    assert firsts == [f"bytes={part}" for part in (ends[:1] if is_ignored else ends)]
+
+
+def test_a_server_that_sends_less_than_was_asked_for_is_asked_again_at_once(
+    hub: LocalHub, home: Path, client: ForkServer
+) -> None:
+    repo = new_repo(hub)
+    hub.faults.extend([Fault("less", at=700_000)] * 3)
+    done = client.fetch(repo)
+    assert done.returncode == 0 and done.stderr == "" and check_visible(home, repo)
+    assert len(hub.to("cdn")) == 4
+
+
 def test_an_old_part_that_is_damaged_is_found_out_and_fetched_again(
     hub: LocalHub, home: Path, client: ForkServer
 ) -> None:

@@ -86,16 +86,20 @@ def test_a_name_in_the_place_of_a_file_works_too(
     )
 
 
+@pytest.mark.parametrize("links", [{}, {"HF_HUB_DISABLE_SYMLINKS": "1"}])
 def test_the_cache_is_laid_out_as_huggingface_hub_does_it(
-    hub: LocalHub, fresh: ForkServer, tmp_path: Path
+    links: dict[str, str], hub: LocalHub, tmp_path: Path
 ) -> None:
-    assert fresh.buddyrun("pull", "test/split:F16").returncode == 0
+    with ForkServer(tmp_path, hub.environment(tmp_path, **links)) as client:
+        assert client.buddyrun("pull", "test/split:F16").returncode == 0
+        assert client.buddyrun("pull", "test/split:F16").returncode == 0
+        assert len(hub.to("cdn")) == 6  # three headers, three files
     theirs = tmp_path / "theirs"
     code = (
         "from huggingface_hub import snapshot_download as s;"
         "s('test/split', allow_patterns=['F16/*'], max_workers=1)"
     )
-    run_python(code, hub.environment(theirs))
+    run_python(code, hub.environment(theirs, **links))
     assert described(tmp_path / "hub") == described(theirs / "hub")
 
 
