@@ -12,7 +12,6 @@ import struct
 import threading
 import time
 from collections import deque
-from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -22,6 +21,7 @@ from urllib.parse import parse_qs, quote, unquote, urlsplit
 
 COMMIT = "c0ffee" + "0" * 34
 _CHUNK = 1 << 14
+_CUTS = ("short", "less", "reset", "stall")  # faults that end a body early
 
 
 @dataclass(frozen=True)
@@ -78,6 +78,7 @@ class LocalHub:
         self.always: list[Fault] = []
         self.requests: list[Request] = []
         self.bytes_per_s = 0.0  # of the CDN; 0 = as fast as it goes
+        self.stall_s = 2.5  # how long a fault "stall" is silent
         self.n_sent = 0  # bytes of files that went out
         self._lock = threading.Lock()
         self._hub = _Server(("127.0.0.1", 0), _HubHandler, self)
@@ -321,38 +322,43 @@ class _CdnHandler(_Handler):
     name = "cdn"
 
     def answer(self, token: str | None) -> None:
-        fault = self.hub.take_fault("cdn")
-        if fault is not None and self.fail(fault):
+        fault = self.hub.take_fault("cdn") or Fault("")
+        if self.fail(fault):
             return
         data = self.data()
         if data is None:
             return self.refuse(404, "NotFound")
         first, last = self.wanted(len(data))
-        status, headers = 206, {"Content-Range": f"bytes {first}-{last}/{len(data)}"}
-        kind = fault.kind if fault is not None else ""
-        if self.headers.get("Range") is None or kind == "no range":
-            first, last, status, headers = 0, len(data) - 1, 200, {}
         if first >= len(data):
             return self.send(416, b"", {"Content-Range": f"bytes */{len(data)}"})
+        has_range = self.headers.get("Range") is not None and fault.kind != "no range"
+        if not has_range:
+            first, last = 0, len(data) - 1
         body = memoryview(data)[first : last + 1]
-        if kind == "other range":
-            headers["Content-Range"] = f"bytes {first + 1}-{last}/{len(data)}"
-        if fault is not None and kind == "flip":
-            at = fault.at % len(body)
-            body = memoryview(bytes(body[:at]) + bytes([body[at] ^ 1]) + bytes(body[at + 1 :]))
-        self.send_response(status)
-        for name, value in {**headers, "ETag": '"of-the-cdn"'}.items():
-            self.send_header(name, value)
-        n_sent = fault.at % len(body) if fault and kind in ("short", "less", "reset") else len(body)
-        length = n_sent if kind == "less" else len(body)
-        self.send_header("Content-Length", str(length))
+        if fault.kind == "flip":
+            body = _flipped(body, fault.at)
+        n_sent = fault.at % len(body) if fault.kind in _CUTS else len(body)
+        self.send_response(206 if has_range else 200)
+        if has_range:
+            shift = 1 if fault.kind == "other range" else 0
+            self.send_header("Content-Range", f"bytes {first + shift}-{last}/{len(data)}")
+        self.send_header("ETag", '"of-the-cdn"')
+        self.send_header("Content-Length", str(n_sent if fault.kind == "less" else len(body)))
         self.end_headers()
-        for part in _parts(body[:n_sent], self.hub):
+        self.send_parts(body[:n_sent])
+        if fault.kind == "stall":
+            time.sleep(self.hub.stall_s)
+        if fault.kind in ("short", "reset", "stall"):
+            self.hang_up(is_abrupt=fault.kind == "reset")
+        return None
+
+    def send_parts(self, body: memoryview) -> None:
+        for at in range(0, len(body), _CHUNK):
+            part = body[at : at + _CHUNK]
+            if self.hub.bytes_per_s:
+                time.sleep(len(part) / self.hub.bytes_per_s)
             self.wfile.write(part)
             self.hub.count(len(part))
-        if kind in ("short", "reset"):
-            self.hang_up(is_abrupt=kind == "reset")
-        return None
 
     def data(self) -> bytes | None:
         wanted = urlsplit(self.path).path.rpartition("/")[2]
@@ -370,9 +376,7 @@ class _CdnHandler(_Handler):
         return int(found[1]), min(last, n_bytes - 1)
 
 
-def _parts(body: memoryview, hub: LocalHub) -> Iterator[memoryview]:
-    for at in range(0, len(body), _CHUNK):
-        part = body[at : at + _CHUNK]
-        if hub.bytes_per_s:
-            time.sleep(len(part) / hub.bytes_per_s)
-        yield part
+def _flipped(body: memoryview, at: int) -> memoryview:
+    """The same with another bit somewhere."""
+    at %= len(body)
+    return memoryview(bytes(body[:at]) + bytes([body[at] ^ 1]) + bytes(body[at + 1 :]))

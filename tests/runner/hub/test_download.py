@@ -254,6 +254,17 @@ def test_something_that_is_no_hub_is_told(where: str, hub: LocalHub, client: For
     assert expected[where] in done.stderr
 
 
+def test_a_server_that_falls_silent_is_asked_again(hub: LocalHub, tmp_path: Path) -> None:
+    repo = new_repo(hub)
+    hub.faults.append(Fault("stall", at=1_000_000))
+    environment = hub.environment(tmp_path, HF_HUB_DOWNLOAD_TIMEOUT="1")
+    with ForkServer(tmp_path, environment) as client:
+        done = client.fetch(repo)
+    assert done.returncode == 0 and check_visible(tmp_path, repo)
+    assert "no answer for 1 s" in done.stderr
+    assert hub.to("cdn")[1].range == f"bytes=1000000-{SIZE - 1}"
+
+
 def test_a_hub_that_cannot_be_reached_is_told(hub: LocalHub, tmp_path: Path) -> None:
     nowhere = hub.environment(tmp_path) | {"HF_ENDPOINT": "http://127.0.0.1:9"}
     with ForkServer(tmp_path, nowhere) as client:

@@ -228,6 +228,12 @@ def test_a_dry_run_reads_the_header_alone(hub: LocalHub, fresh: ForkServer, tmp_
     assert not (tmp_path / "hub").exists()
 
 
+def test_a_header_comes_from_a_server_without_ranges_too(hub: LocalHub, client: ForkServer) -> None:
+    hub.always.append(Fault("no range"))
+    done = client.buddyrun("pull", NAME, "--dry-run")
+    assert done.returncode == 0 and "8 layers x 8 experts" in done.stdout
+
+
 def last_bytes(hub: LocalHub) -> list[str]:
     return [(request.range or "bytes=0-9999999999").partition("-")[2] for request in hub.to("cdn")]
 
