@@ -1,6 +1,6 @@
 """GGUFFile: a model's GGUF file, or all shards of a split one, opened as one. Knows no model."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from types import MappingProxyType
@@ -51,19 +51,31 @@ class GGUFFile:
         Raises GGUFError: not a regular file, malformed, a shard missing or not of the same set.
         """
         named = Path(path)
-        budget = HeaderBudget()
         with ExitStack() as stack:
             file = stack.enter_context(ReadOnlyFile(named))
-            header = read_header(file, 0, budget)
+            header = read_header(file, 0, HeaderBudget())
             paths = _shard_paths(named, header)
             if len(paths) == 1:
-                shards = [(file, header)]
+                opened = cls([(file, header)])
             else:
                 file.close()
-                shards = _open_shards(paths, stack)
-            opened = cls(shards)
+                opened = cls(_read_shards(_open_shards(paths, stack)))
             stack.pop_all()
         return opened
+
+    @classmethod
+    def of_files(cls, files: Sequence[ReadOnlyFile]) -> Self:
+        """A model whose files are open already: a whole one, or all shards in order.
+
+        Raises GGUFError: malformed, a shard missing or not of the same set.
+        """
+        if len(files) > 1:
+            return cls(_read_shards(files))
+        header = read_header(files[0], 0, HeaderBudget())
+        n_shards = len(_shard_paths(files[0].path, header))
+        if n_shards > 1:
+            raise GGUFError(f"{files[0].path}: found one of {n_shards} shards; expected all")
+        return cls([(files[0], header)])
 
     @property
     def paths(self) -> tuple[Path, ...]:
@@ -134,19 +146,26 @@ class GGUFFile:
         self.close()
 
 
-def _open_shards(paths: list[Path], stack: ExitStack) -> list[tuple[ReadOnlyFile, Header]]:
-    budget = HeaderBudget()
-    shards = []
+def _open_shards(paths: list[Path], stack: ExitStack) -> list[ReadOnlyFile]:
+    files = []
     for i, path in enumerate(paths):
         if not path.exists():
             raise GGUFError(
                 f"{path}: this shard, number {i + 1} of {len(paths)}, is missing; "
                 "a split model needs all of its files in one folder"
             )
-        file = stack.enter_context(ReadOnlyFile(path))
+        files.append(stack.enter_context(ReadOnlyFile(path)))
+    return files
+
+
+def _read_shards(files: Sequence[ReadOnlyFile]) -> list[tuple[ReadOnlyFile, Header]]:
+    """The headers of a split model's files, which must be one set and in order."""
+    budget = HeaderBudget()
+    shards = []
+    for i, file in enumerate(files):
         shards.append((file, read_header(file, i, budget)))
-        _check_shard(path, shards[i][1], i, len(paths))
-    _check_total(paths[0], shards)
+        _check_shard(file.path, shards[i][1], i, len(files))
+    _check_total(files[0].path, shards)
     return shards
 
 

@@ -19,6 +19,8 @@ from runner.terminal.command_group import DefaultGroup, FlagCommand, SectionedCo
 from runner.terminal.device_options import DEVICE_FLAGS, SHOW_DEVICE_FLAGS
 from runner.terminal.expert_options import EXPERT_FLAGS, EXPERT_PLAN_FLAGS, planned_cache
 from runner.terminal.frontier_options import FRONTIER_FLAGS, flags_without_meaning
+from runner.terminal.hub_commands import HUB_COMMANDS
+from runner.terminal.hub_options import HF_REPO_FLAG, HUB_FLAGS, MODEL
 from runner.terminal.perplexity_options import PERPLEXITY_FLAGS
 from runner.terminal.profile_options import PROFILE_FLAGS
 from runner.terminal.terminal_text import visible
@@ -65,6 +67,9 @@ def _run(arguments: list[str], screens: "Screens | None") -> int:
     if instruction:
         from click.shell_completion import shell_complete
 
+        from runner.terminal.bash_completion import use_for_bash
+
+        use_for_bash()
         return shell_complete(commands, {}, NAME, _COMPLETE_VARIABLE, instruction)
     try:
         with commands.make_context(NAME, list(arguments), obj=screens) as context:
@@ -143,10 +148,15 @@ def _run_command(**params: Any) -> None:
     words = list(params["words"])
     context = click.get_current_context()
     params |= options.settled_rivals(context)
-    if not options.is_on_command_line(context, "model") and words:
-        params["model"] = words.pop(0)
-    if not params["model"]:
+    is_named = [options.is_on_command_line(context, name) for name in ("model", "hf_repo")]
+    if all(is_named):
+        raise click.UsageError("Give the model either with -m or with -hf, not both.", context)
+    if not any(is_named) and words:
+        params["model"], params["hf_repo"] = words.pop(0), None
+    if not params["model"] and not params["hf_repo"]:
         raise click.UsageError("Missing MODEL, the path of a GGUF file.", context)
+    if is_named[0]:
+        params["hf_repo"] = None
     run_model(params, words, os.environ, sorted(commands.commands), context.obj)
 
 
@@ -163,7 +173,7 @@ def _demo_command(**params: Any) -> None:
 def _show_command(**params: Any) -> None:
     from runner.terminal.run_command import show_model
 
-    show_model(_chosen_model(params), params["as_json"], params["template"], planned_cache(params))
+    show_model(_chosen_model(params), params, params["as_json"], planned_cache(params))
 
 
 def _bench_command(**params: Any) -> None:
@@ -249,7 +259,7 @@ _BENCH_SECTIONS = (
 
 def _chat_command(name: str, help: str, callback: Any, words: str, flags: Any) -> click.Command:
     sections = (("Model", flags), *_CHAT_SECTIONS) if flags else _CHAT_SECTIONS
-    argument = click.Argument(["words"], nargs=-1, metavar=words, type=options.FILE)
+    argument = click.Argument(["words"], nargs=-1, metavar=words, type=MODEL)
     params = [argument, *(param for _, section in sections for param in section)]
     short = help.partition(";")[0].partition(". ")[0].removesuffix(".")
     command = SectionedCommand(name, params=params, callback=callback, help=help, short_help=short)
@@ -260,7 +270,7 @@ def _chat_command(name: str, help: str, callback: Any, words: str, flags: Any) -
 _bench = SectionedCommand(
     "bench",
     params=[
-        click.Argument(["word"], required=False, metavar="MODEL", type=options.FILE),
+        click.Argument(["word"], required=False, metavar="MODEL", type=MODEL),
         *(param for _, section in _BENCH_SECTIONS for param in section),
         options.VERBOSE_FLAG,
     ],
@@ -294,7 +304,7 @@ commands = DefaultGroup(
             " PROMPT, or text piped in, answer once and exit.",
             _run_command,
             "MODEL [PROMPT]...",
-            (options.MODEL_FLAG,),
+            (options.MODEL_FLAG, HF_REPO_FLAG, *HUB_FLAGS),
         ),
         _chat_command(
             "demo",
@@ -306,10 +316,11 @@ commands = DefaultGroup(
         FlagCommand(
             "show",
             params=[
-                click.Argument(["word"], required=False, metavar="MODEL", type=options.FILE),
+                click.Argument(["word"], required=False, metavar="MODEL", type=MODEL),
                 options.MODEL_FLAG,
                 options.switch("--json", "as_json", help="Print JSON."),
                 options.switch("--template", "template", help="Print the chat template too."),
+                *HUB_FLAGS,
                 *SHOW_DEVICE_FLAGS,
                 *EXPERT_PLAN_FLAGS,
                 options.CTX_SIZE_FLAG,
@@ -318,13 +329,15 @@ commands = DefaultGroup(
             ],
             callback=_show_command,
             short_help="Print a model's architecture, types and sizes",
-            help="Print a model's architecture, types and sizes.",
+            help="Print a model's architecture, types and sizes. Of a model on a hub,"
+            " user/repo:QUANT, only the header is fetched.",
         ),
+        *HUB_COMMANDS,
         _bench,
         FlagCommand(
             "perplexity",
             params=[
-                click.Argument(["word"], required=False, metavar="MODEL", type=options.FILE),
+                click.Argument(["word"], required=False, metavar="MODEL", type=MODEL),
                 options.MODEL_FLAG,
                 *PERPLEXITY_FLAGS,
                 *DEVICE_FLAGS,
@@ -341,7 +354,7 @@ commands = DefaultGroup(
         FlagCommand(
             "profile",
             params=[
-                click.Argument(["word"], required=False, metavar="MODEL", type=options.FILE),
+                click.Argument(["word"], required=False, metavar="MODEL", type=MODEL),
                 options.MODEL_FLAG,
                 *PROFILE_FLAGS,
                 *EXPERT_FLAGS,

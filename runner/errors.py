@@ -8,6 +8,7 @@ __all__ = [
     "CancelledError",
     "ContextFullError",
     "GGUFError",
+    "HubError",
     "InternalError",
     "ModelError",
     "OptionError",
@@ -20,6 +21,10 @@ __all__ = [
 
 class ModelError(BuddyrunError):
     """The file is a valid GGUF, but its model cannot be run: wrong keys, shapes or architecture."""
+
+
+class HubError(BuddyrunError):
+    """A model cannot be got from a hub or kept on this machine; says what to do."""
 
 
 class OptionError(BuddyrunError):

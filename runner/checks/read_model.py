@@ -38,11 +38,17 @@ def read_model(file: GGUFFile) -> ModelConfig:
 
     Raises ModelError for a model that cannot be run, GGUFError for a file that vanishes.
     """
+    config = read_shape(file)
+    check_norms(file, config)
+    return config
+
+
+def read_shape(file: GGUFFile) -> ModelConfig:
+    """The same from the header alone, without the norms' values: for files that are far away."""
     keys = ModelKeys(file)
     config = _read_config(keys, file, _architecture(keys))
     check_tensors(file, config)
     check_tokenizer(file, config.n_vocab)
-    check_norms(file, config)
     return config
 
 

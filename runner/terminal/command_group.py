@@ -9,6 +9,7 @@ from click.shell_completion import CompletionItem
 EXAMPLES = (
     ("buddyrun demo", "chat with the small model that comes along"),
     ("buddyrun MODEL.gguf", "chat with a model"),
+    ("buddyrun user/repo:Q4_K_M", "the same with one from a hub, fetched if needed"),
     ('buddyrun MODEL.gguf -p "Why?" -n 64', "answer once and exit"),
     ('buddyrun MODEL.gguf "Sum up:" < notes.txt', "answer about what is piped in"),
 )
@@ -30,12 +31,20 @@ class DefaultGroup(click.Group):
         return super().parse_args(ctx, args)
 
     def _run_has_model(self, ctx: click.Context) -> bool:
-        flags = [param for param in self.commands["run"].params if param.name == "model"]
+        flags = [
+            param for param in self.commands["run"].params if param.name in ("model", "hf_repo")
+        ]
         return any(param.resolve_envvar_value(ctx) for param in flags)
 
     def shell_complete(self, ctx: click.Context, incomplete: str) -> list[CompletionItem]:
-        """Commands and, since the first word may be a model, files."""
-        return [*super().shell_complete(ctx, incomplete), CompletionItem(incomplete, type="file")]
+        """Commands and, since the first word may be a model, files and models in the cache.
+
+        Files come first: in bash they take the place of what was offered before them.
+        """
+        from runner.terminal.hub_options import cached_names
+
+        files = CompletionItem(incomplete, type="file")
+        return [files, *super().shell_complete(ctx, incomplete), *cached_names(incomplete)]
 
     def format_usage(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         """The default command and the others."""

@@ -1,12 +1,12 @@
-"""Checks that a MODEL argument is a file, and says what to do when it is not. Opens nothing."""
+"""Which file a MODEL argument means, and what to do when it means none. Opens nothing."""
 
 import difflib
 import re
 from pathlib import Path
 
 from runner.errors import BuddyrunError, ModelError
+from runner.hub.model_name import looks_like_name
 
-_REPOSITORY = re.compile(r"(hf\.co/|hf://|https?://\S+/)?[\w.-]+/[\w.-]+(:[\w.-]+)?")
 _QUANT_NAME = re.compile(r"(.*:)?(I?Q\d_\w+|F16|BF16|F32|MXFP4\w*)", re.IGNORECASE)
 
 
@@ -14,10 +14,28 @@ _DEMO_WORD, _DEMO_MODEL = "demo", "buddy-demo-q8_0.gguf"
 
 
 def find_model(text: str, commands: list[str]) -> Path:
-    """The path of an existing file; where no command can be meant, `demo` is the demo model.
+    """The path of an existing file, also of a model in the cache that is named as on its hub.
 
-    Raises ModelError with the likeliest remedy; `commands` are the names that a misplaced or
-    mistyped command may have meant.
+    Raises ModelError as `find_file`.
+    """
+    found = find_file(text, commands)
+    if found is not None:
+        return found
+    from runner.hub.cached_models import find_cached
+    from runner.hub.model_name import parse
+
+    name = parse(text)
+    found = find_cached(name, is_any_good=True)
+    if found is None:
+        raise ModelError(f"{name} is not on this machine: `buddyrun pull {name}` gets it.")
+    return found
+
+
+def find_file(text: str, commands: list[str]) -> Path | None:
+    """The path of an existing file; None for what can only be the name of a model on a hub.
+
+    Where no command can be meant, `demo` is the demo model. Raises ModelError with the likeliest
+    remedy; `commands` are the names that a misplaced or mistyped command may have meant.
     """
     path = Path(text)
     try:
@@ -29,6 +47,8 @@ def find_model(text: str, commands: list[str]) -> Path:
         raise ModelError(f"cannot open {text[:200]!r}: {error}") from error
     if text == _DEMO_WORD and not commands:
         return demo_model()
+    if looks_like_name(text) and not _near_files(path):
+        return None
     raise ModelError(f"There is no file {text}." + _remedy(text, path, commands))
 
 
@@ -49,11 +69,6 @@ def _remedy(text: str, path: Path, commands: list[str]) -> str:
     close = difflib.get_close_matches(text, commands, n=1, cutoff=0.7)
     if close:
         return f" Did you mean the command '{close[0]}'?"
-    if _REPOSITORY.fullmatch(text) and not text.endswith(".gguf"):
-        return (
-            " That looks like a repository on a hub; MODEL is the path of a .gguf file on this"
-            " machine. Download the file first."
-        )
     if _QUANT_NAME.fullmatch(text):
         return " That looks like the name of a quantization; MODEL is the path of a .gguf file."
     return " MODEL is the path of a .gguf file; `buddyrun demo` runs without one."

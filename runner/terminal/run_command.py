@@ -15,13 +15,15 @@ from runner.protocol import ModelInfo
 from runner.terminal import cli_options as options
 from runner.terminal.chat_view import ChatView
 from runner.terminal.cli_options import Params
-from runner.terminal.model_path import find_model
+from runner.terminal.model_path import find_file
 from runner.terminal.prompt import Prompt, join_prompt, read_pipe
 from runner.terminal.status_line import StatusLine
 from runner.terminal.terminal_text import storable, visible
 
 if TYPE_CHECKING:
+    from quant.gguf_file import GGUFFile
     from runner.engine_client import Client
+    from runner.model_config import ModelConfig
     from runner.screens import ChatRequest, Screens
     from runner.show import ReportedDevice
     from runner.terminal.chat_input import Reader
@@ -40,8 +42,8 @@ def run_model(
     screens: "Screens | None" = None,
 ) -> None:
     """Chat with a model or answer once, as the parameters say. Raises BuddyrunError."""
-    path = find_model(params["model"], commands)
     open_screen = _screen(params, environment, screens) if params["tui"] else None
+    path = _model_file(params, commands)
     prompt = _prompt(params, words)
     is_chat = _is_chat(params, prompt)
     if open_screen is not None and not is_chat:
@@ -58,18 +60,25 @@ def run_model(
         _answer_once(path, params, prompt.text, view)
 
 
-def show_model(
-    model: str, as_json: bool, with_template: bool, run_config: EngineConfig | None
-) -> None:
+def _model_file(params: Params, commands: list[str]) -> Path:
+    """The model on this machine; one that is named as on a hub is fetched if it is not here."""
+    text = params.get("hf_repo") or params["model"]
+    if not params.get("hf_repo"):
+        found = find_file(text, commands)
+        if found is not None:
+            return found
+    from runner.terminal.pull_command import fetched_path, name_in
+
+    return fetched_path(name_in({**params, "word": text}), params)
+
+
+def show_model(model: str, params: Params, as_json: bool, run_config: EngineConfig | None) -> None:
     """Print what a model is, and its expert cache for `run_config`. Raises BuddyrunError."""
-    from quant.gguf_file import GGUFFile
-    from runner.checks.read_model import read_model
     from runner.show import describe, format_text
 
-    path = find_model(model, [])
-    with GGUFFile.open(path) as file:
-        device = _reported_device(run_config.device) if run_config is not None else None
-        description = describe(file, read_model(file), with_template, run_config, device)
+    with _opened(model, params) as (file, config):
+        device = reported_device(run_config.device) if run_config is not None else None
+        description = describe(file, config, params["template"], run_config, device)
     if as_json:
         print(json.dumps(asdict(description), indent=2))
     else:
@@ -77,7 +86,27 @@ def show_model(
         print(visible(text) if sys.stdout.isatty() else text)
 
 
-def _reported_device(name: str) -> "ReportedDevice | None":
+@contextmanager
+def _opened(model: str, params: Params) -> Iterator[tuple["GGUFFile", "ModelConfig"]]:
+    """A model's file here, or its header on a hub."""
+    from quant.gguf_file import GGUFFile
+    from runner.checks.read_model import read_model, read_shape
+
+    path = find_file(model, [])
+    if path is None:
+        from runner.terminal.pull_command import opened_there
+
+        path_or_header = opened_there(model, params)
+        if isinstance(path_or_header, GGUFFile):
+            with path_or_header as header:
+                yield header, read_shape(header)
+            return
+        path = path_or_header
+    with GGUFFile.open(path) as file:
+        yield file, read_model(file)
+
+
+def reported_device(name: str) -> "ReportedDevice | None":
     """The GPU of this name, as the engine's process finds it; None for the CPU.
 
     Raises OptionError.

@@ -13,6 +13,7 @@ import pytest
 
 from quant.errors import GGUFError
 from quant.gguf_file import ByteRange, GGUFFile, LongString, MetadataArray
+from quant.read_only_file import ReadOnlyFile
 from tests.gguf_writer import (
     ARR,
     BOOL,
@@ -299,6 +300,23 @@ def test_a_missing_shard_is_named(tmp_path: Path) -> None:
     first = write_shards(tmp_path / "m.gguf", shards)
     with pytest.raises(GGUFError, match=r"m-00002-of-00003\.gguf: .* number 2 of 3, is missing"):
         GGUFFile.open(first)
+
+
+def test_files_that_are_open_already_must_be_one_whole_set(tmp_path: Path) -> None:
+    first = write_shards(tmp_path / "m.gguf", split_gguf(small_mixtral(), 3))
+    shards = [ReadOnlyFile(path) for path in sorted(first.parent.iterdir())]
+    whole = ReadOnlyFile(write_small_mixtral(tmp_path / "whole.gguf"))
+    assert len(GGUFFile.of_files(shards).tensors) == len(GGUFFile.of_files([whole]).tensors)
+    for files, text in (
+        (shards[:1], "found one of 3 shards; expected all"),
+        (shards[:2], "expected shard 1 of 2"),
+        (shards[::-1], "expected shard 1 of 3"),
+        ([whole, *shards[1:]], "found no metadata key 'split.no'"),
+    ):
+        with pytest.raises(GGUFError, match=text):
+            GGUFFile.of_files(files)
+    for file in (*shards, whole):
+        file.close()
 
 
 def test_no_file_stays_open_after_a_refusal(tmp_path: Path) -> None:

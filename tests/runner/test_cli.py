@@ -278,7 +278,7 @@ def test_a_command_after_its_flags_is_told_to_come_first() -> None:
 
 @pytest.mark.parametrize("command", [[], ["run"], ["demo"], ["show"], ["bench"]])
 @pytest.mark.parametrize(
-    "arguments", [["-ot", "exps=CPU"], ["-hf", "user/repo"], ["-mli"], ["-pg", "1,2"], ["-ot=x"]]
+    "arguments", [["-ot", "exps=CPU"], ["-mg", "0"], ["-mli"], ["-pg", "1,2"], ["-ot=x"]]
 )
 def test_a_flag_of_llama_cpp_that_is_missing_here_is_named_whole(
     command: list[str], arguments: list[str]
@@ -553,7 +553,7 @@ def test_show_refuses_what_is_no_model(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("typed", "number", "expected"),
     [
-        ("buddyrun de", "1", b"plain,demo\nfile,de\n"),
+        ("buddyrun de", "1", b"file,de\nplain,demo\n"),
         ("buddyrun run --te", "2", b"plain,--temp\nplain,--temperature\n"),
         ("buddyrun show mod", "2", b"file,mod\n"),
     ],

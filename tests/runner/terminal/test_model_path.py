@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from runner.errors import ModelError
-from runner.terminal.model_path import demo_model, find_model
+from runner.terminal.model_path import demo_model, find_file, find_model
 
 
 def message(text: str) -> str:
@@ -22,9 +22,6 @@ def test_a_file_is_found(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("text", "hint"),
     [
-        ("mistralai/Mixtral-8x7B", "repository on a hub"),
-        ("user/repo:Q4_K_M", "repository on a hub"),
-        ("hf.co/user/repo", "repository on a hub"),
         ("Q4_K_M", "name of a quantization"),
         ("mixtral:q4_0", "name of a quantization"),
         ("IQ4_XS", "name of a quantization"),
@@ -42,6 +39,19 @@ def test_what_is_no_file_gets_a_hint(
     else:
         assert hint in message(text)
     assert "pull" not in message(text)
+
+
+@pytest.mark.parametrize("text", ["mistralai/Mixtral-8x7B", "user/repo:Q4_K_M", "hf.co/user/repo"])
+def test_the_name_of_a_model_on_a_hub_is_told_how_to_get_it(
+    text: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    name = text.removeprefix("hf.co/")
+    assert message(text) == f"{name} is not on this machine: `buddyrun pull {name}` gets it."
+    assert find_file(text, []) is None
+    (tmp_path / "user").mkdir()
+    (tmp_path / "user" / "repo.gguf").touch()
+    assert "Did you mean user/repo.gguf?" in message("user/repo")
 
 
 def test_demo_is_the_demo_model_unless_there_is_such_a_file_or_command(

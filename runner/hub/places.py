@@ -1,0 +1,178 @@
+"""Where a repository's files are kept: the standard Hugging Face cache, or a folder. Fetches none.
+
+The cache is laid out as huggingface-hub does it, so that it and llama.cpp find what we put there:
+`models--user--repo/blobs/HASH`, `snapshots/COMMIT/FILE` (a link to the blob), `refs/REVISION`.
+"""
+
+import os
+import shutil
+from contextlib import suppress
+from pathlib import Path
+from typing import Protocol
+
+from huggingface_hub import constants
+
+from runner.errors import HubError
+from runner.hub.repo_files import Contents, RepoFile, is_safe_path
+
+REPO_PREFIX, SEPARATOR = "models--", "--"  # of a repository's folder
+PARTIAL_ENDING = ".incomplete"
+_CACHE_TAG = (
+    "Signature: 8a477f597d28d172789f06886806bc55\n"
+    "# This file says that the folder is a cache, so that backups can leave it out.\n"
+)
+
+
+class Place(Protocol):
+    """Where the files of one repository go."""
+
+    @property
+    def folder(self) -> Path:
+        """Whose disk must have room; it may not exist yet."""
+
+    def path(self, file: RepoFile) -> Path:
+        """What a user opens."""
+
+    def target(self, file: RepoFile) -> Path:
+        """Where the bytes end up."""
+
+    def partial(self, file: RepoFile) -> Path:
+        """Where they are until they are right."""
+
+    def lock(self, file: RepoFile) -> Path:
+        """What one process at a time may hold."""
+
+    def is_there(self, file: RepoFile) -> bool:
+        """Whether the bytes are in their place."""
+
+    def show(self, file: RepoFile) -> None:
+        """Make the bytes, which are in their place, visible at `path`."""
+
+    def finish(self) -> None:
+        """Every file is visible."""
+
+
+def cache_folder() -> Path:
+    """The standard cache: HF_HUB_CACHE, else below HF_HOME, else below ~/.cache."""
+    return Path(constants.HF_HUB_CACHE)
+
+
+def repo_folder(repo: str) -> Path:
+    """A repository's folder in the cache."""
+    return cache_folder() / (REPO_PREFIX + repo.replace("/", SEPARATOR))
+
+
+class CachePlace:
+    """The standard cache."""
+
+    def __init__(self, contents: Contents) -> None:
+        """Raises HubError for a revision that is no name for a file."""
+        if not is_safe_path(contents.revision):
+            raise HubError(f"--revision {contents.revision!r:.80} is no branch, tag or commit")
+        self._contents = contents
+        self.folder = repo_folder(contents.repo)
+
+    def path(self, file: RepoFile) -> Path:
+        return self.folder / "snapshots" / self._contents.commit / file.path
+
+    def target(self, file: RepoFile) -> Path:
+        return self.folder / "blobs" / file.hash
+
+    def partial(self, file: RepoFile) -> Path:
+        return self.folder / "blobs" / (file.hash + PARTIAL_ENDING)
+
+    def lock(self, file: RepoFile) -> Path:
+        return self.folder.parent / ".locks" / self.folder.name / f"{file.hash}.lock"
+
+    def is_there(self, file: RepoFile) -> bool:
+        return _size(self.target(file)) == file.n_bytes or _size(self.path(file)) == file.n_bytes
+
+    def show(self, file: RepoFile) -> None:
+        """Link to the blob; where links cannot be, the file itself goes there, as the hub does."""
+        blob, path = self.target(file), self.path(file)
+        if _size(path) == file.n_bytes:
+            return
+        path.parent.mkdir(parents=True, exist_ok=True)
+        draft = path.with_name(f".{file.hash}.{os.getpid()}")
+        os.replace(draft if _can_link(blob, draft) else blob, path)
+
+    def finish(self) -> None:
+        """Let the revision's name stand for the commit, and tell backups what this folder is."""
+        _tag_cache(self.folder.parent)
+        revision, commit = self._contents.revision, self._contents.commit
+        if revision == commit:
+            return
+        ref = self.folder / "refs" / revision
+        ref.parent.mkdir(parents=True, exist_ok=True)
+        draft = ref.with_name(f".{ref.name}.{os.getpid()}")
+        draft.write_text(commit)
+        os.replace(draft, ref)
+
+
+class FolderPlace:
+    """A folder of the user's own; what is unfinished lies in its `.cache/huggingface`."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self._hidden = folder / ".cache" / "huggingface" / "download"
+
+    def path(self, file: RepoFile) -> Path:
+        return self.folder / file.path
+
+    def target(self, file: RepoFile) -> Path:
+        return self.path(file)
+
+    def partial(self, file: RepoFile) -> Path:
+        return self._hidden / (file.hash + PARTIAL_ENDING)
+
+    def lock(self, file: RepoFile) -> Path:
+        return self._hidden / f"{file.hash}.lock"
+
+    def is_there(self, file: RepoFile) -> bool:
+        """Raises HubError when another file has the name."""
+        size = _size(self.path(file))
+        if size is not None and size != file.n_bytes:
+            raise HubError(
+                f"{self.path(file)} is there already, with {size} bytes instead of"
+                f" {file.n_bytes}: move it away, or choose another --local-dir"
+            )
+        return size is not None
+
+    def show(self, file: RepoFile) -> None:
+        """It is."""
+
+    def finish(self) -> None:
+        """Nothing is left to do; the locks stay, since others may wait for them."""
+
+
+def free_bytes(folder: Path) -> int | None:
+    """Room on the disk of a folder that need not exist; None where the system does not say."""
+    for place in (folder, *folder.absolute().parents):
+        with suppress(OSError):
+            return shutil.disk_usage(place).free
+    return None
+
+
+def _can_link(blob: Path, link: Path) -> bool:
+    """Make a relative link to a blob; False where none can be, or none are wanted."""
+    if constants.HF_HUB_DISABLE_SYMLINKS:
+        return False
+    try:
+        os.symlink(os.path.relpath(blob, link.parent), link)
+    except OSError:
+        return False
+    return True
+
+
+def _size(path: Path) -> int | None:
+    try:
+        return path.stat().st_size
+    except OSError:
+        return None
+
+
+def _tag_cache(folder: Path) -> None:
+    tag = folder / "CACHEDIR.TAG"
+    if not tag.exists():
+        with suppress(OSError):
+            tag.write_text(_CACHE_TAG)

@@ -1,0 +1,1 @@
+"""Tests of models from a hub, against a hub on this machine."""
