@@ -32,7 +32,8 @@ class PartSplitter:
         self._lines: list[str] = []  # of the open part, complete
         self._n_chars = 0  # of these lines
         self._n_again = 0  # of these lines, those that the part before had already
-        self._rest = ""  # the line that is not complete
+        self._rest = ""  # the line that is not complete, or what is not taken of it yet
+        self._begun = ""  # its beginning, once a part of it was taken
         self._fence = ""  # what closes the open code block
         self._is_blank = False  # the last line was empty, in a list item
         self._is_list = False  # the open part is a list item
@@ -47,16 +48,18 @@ class PartSplitter:
         *lines, self._rest = (self._rest + text).split("\n")
         for line in lines:
             self._take(line)
-        self._rest = self._without_overlong_begin(self._rest)
+        if self._n_chars + len(self._rest) > MAX_PART and self._rest.strip():
+            self._take_begin()
         finished, self._finished = self._finished, []
         return finished
 
     @property
     def open_parts(self) -> list[MarkdownPart]:
         """What is there of the text that is not finished, at most two parts."""
-        is_apart = bool(self._rest.strip()) and not self._fence and self._begins_part(self._rest)
+        is_new = bool(self._rest.strip()) and not self._begun and not self._fence
+        is_apart = is_new and self._begins_part(self._rest)
         lines = [*self._lines, self._rest] if self._rest and not is_apart else self._lines
-        is_list = self._is_list if self._lines else _is_item(self._rest)
+        is_list = self._is_list if self._lines or self._begun else _is_item(self._rest)
         parts = []
         if any(line.strip() for line in lines):
             parts.append(MarkdownPart("\n".join(lines).rstrip("\n"), self._has_gap(is_list)))
@@ -65,26 +68,38 @@ class PartSplitter:
         return parts
 
     def _take(self, line: str) -> None:
-        """Add a complete line to the open part or to a new one."""
+        """Add a complete line, or the end of one, to the open part or to a new one."""
+        begin, self._begun = self._begun or line, ""
         if self._fence:
             self._add(line)
-            self._close_fence(line)
+            self._close_fence(begin)
             return
-        if not line.strip():
+        if not begin.strip():
             self._take_blank(line)
             return
-        if self._begins_part(line):
-            self._finish()
-        if not self._lines:
+        if begin is line:
             self._begin(line)
-        self._is_blank = False
         self._add(line)
-        if found := _FENCE.match(line):
+        if found := _FENCE.match(begin):
             self._fence = found.group(1)
-        elif _HEADING.match(line):
+        elif _HEADING.match(begin):
             self._finish()
 
+    def _take_begin(self) -> None:
+        """Take what there is too much of the line that is not complete."""
+        if not self._begun:
+            self._begun = self._rest
+            if not self._fence:
+                self._begin(self._rest)
+        self._rest = self._without_overlong_begin(self._rest)
+
     def _begin(self, line: str) -> None:
+        """A line that is not blank comes: into the open part, or into a new one."""
+        if self._begins_part(line):
+            self._finish()
+        self._is_blank = False
+        if self._lines:
+            return
         item = _ITEM.match(line)
         self._is_list = _is_item(line)
         self._indent = item.end() if item else 0

@@ -9,7 +9,7 @@ LINES = st.lists(
         (
             *("", "text", "# head", "- item", "1. one", "  more", "    deep", "```python", "```"),
             *("~~~", "| a | b |", "|---|---|", "| 1 | 2 |", "> said", "---", "x" * 300),
-            "word " * 500,
+            *("word " * 500, "- " + "item " * 300, "# " + "head " * 300, "  " + "deep " * 300),
         )
     ),
     max_size=40,
