@@ -8,6 +8,7 @@ a file several times more slowly than it can be read.
 """
 
 import mmap
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -21,6 +22,7 @@ from runner.model_sizes import ExpertRanges, expert_ranges
 
 _PIECE_BYTES = 2 << 20  # of an expert read ahead: what an unwanted one may cost at most
 _FORGETTING = 0.99
+BELIEVED_S = 1.0  # how long an expert that was found in memory is taken to be there
 _SMOOTHING = 0.1  # weight of the newest measurement in a running cost
 
 
@@ -48,6 +50,7 @@ class ExpertStore:
         self._drops_pages = not has_room and not self.is_direct
         largest = max(part.n_bytes for row in self._ranges for part in row[0].parts)
         self._staging = memoryview(mmap.mmap(-1, round_up(largest, BLOCK_BYTES) + BLOCK_BYTES))
+        self._believed_until_s: dict[tuple[int, int], float] = {}  # by layer and expert
         self._read_s_per_byte = 0.0  # running averages, 0.0 = not measured yet
         self._host_s_per_byte = 0.0
         self._slot_s_per_byte = 0.0
@@ -159,7 +162,17 @@ class ExpertStore:
         host_s_per_byte = n_pairs * self._host_s_per_byte
         if host_s_per_byte > self._read_s_per_byte + n_pairs * self._slot_s_per_byte:
             return False
-        return self.is_in_memory(layer, expert)
+        return self._is_likely_in_memory(layer, expert)
+
+    def _is_likely_in_memory(self, layer: int, expert: int) -> bool:
+        """`is_in_memory`, which costs a dozen system calls: a yes is believed for a while."""
+        now_s = time.monotonic()
+        if now_s < self._believed_until_s.get((layer, expert), 0.0):
+            return True
+        if not self.is_in_memory(layer, expert):
+            return False
+        self._believed_until_s[layer, expert] = now_s + BELIEVED_S
+        return True
 
     def is_in_memory(self, layer: int, expert: int) -> bool:
         """Whether the system holds the expert's pages, as far as a few of them tell."""

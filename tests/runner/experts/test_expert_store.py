@@ -2,6 +2,7 @@
 
 import mmap
 import os
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -16,7 +17,7 @@ from quant.read_only_file import BLOCK_BYTES, round_up
 from runner.checks.read_model import read_model
 from runner.errors import BuddyrunError, ModelError
 from runner.experts import expert_store
-from runner.experts.expert_store import ExpertCosts, ExpertStore
+from runner.experts.expert_store import BELIEVED_S, ExpertCosts, ExpertStore
 from runner.experts.slot_memory import Parts, SlotPart
 from tests.page_cache import bytes_read_from_disk, cached_pages, tells_what_is_cached
 from tests.random_model import RandomModel, write_random_model
@@ -398,8 +399,30 @@ def test_the_host_computes_what_costs_less_than_reading_and_computing_in_a_slot(
         monkeypatch.setattr(store, "is_in_memory", lambda layer, expert: True)
         assert store.is_cheaper_on_host(0, 1) == is_cheaper
         monkeypatch.setattr(store, "is_in_memory", lambda layer, expert: expert == 2)
-        assert not store.is_cheaper_on_host(0, 1), "page faults cost more than any read"
+        assert not store.is_cheaper_on_host(0, 3), "page faults cost more than any read"
         assert store.is_cheaper_on_host(0, 2) == is_cheaper
+
+
+def test_an_expert_found_in_memory_is_looked_for_again_after_a_while_and_a_missing_one_at_once(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now_s, asked = 100.0, []
+    monkeypatch.setattr(time, "monotonic", lambda: now_s)
+    with store_of(path, has_room=True) as (store, _):
+        measured(store, 5.0, 1.0, 1.2)
+
+        def is_in_memory(layer: int, expert: int) -> bool:
+            asked.append((layer, expert))
+            return expert == 1 and now_s < 101.0
+
+        monkeypatch.setattr(store, "is_in_memory", is_in_memory)
+        assert [store.is_cheaper_on_host(0, expert) for expert in (1, 1, 2, 2)] == [
+            *(True, True, False, False)
+        ]
+        assert asked == [(0, 1), (0, 2), (0, 2)]
+        now_s = 100.0 + BELIEVED_S
+        assert not store.is_cheaper_on_host(0, 1), "its pages may be gone"
+        assert asked[-1] == (0, 1)
 
 
 @pytest.mark.parametrize(
