@@ -140,6 +140,7 @@ _FUNCTIONS: dict[str, tuple[object, list[object]]] = {
     "ggml_backend_tensor_get": (None, [_T, _P, _Z, _Z]),
     "ggml_backend_tensor_memset": (None, [_T, ctypes.c_uint8, _Z, _Z]),
     "ggml_backend_tensor_set_async": (None, [_P, _T, _P, _Z, _Z]),
+    "ggml_backend_tensor_get_async": (None, [_P, _T, _P, _Z, _Z]),
     "ggml_backend_graph_compute_async": (c_int, [_P, _P]),
     "ggml_backend_synchronize": (None, [_P]),
     "ggml_backend_event_new": (_P, [_P]),

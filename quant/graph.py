@@ -208,7 +208,10 @@ class Graph:
 
 
 class HostPort:
-    """A fixed host array next to a tensor (or to its start), moved in one call either way."""
+    """A fixed host array next to a tensor (or to its start), moved in one call either way.
+
+    Where the array is `Backend.view` of the tensor there is nothing to move to it.
+    """
 
     def __init__(self, backend: Backend, tensor: Tensor, array: np.ndarray) -> None:
         assert array.flags.c_contiguous
@@ -218,14 +221,28 @@ class HostPort:
         self._address = array.ctypes.data
         self._n_bytes = array.nbytes
         assert self._n_bytes <= backend.ggml.nbytes(tensor.pointer)
+        self._backend = backend
+        self._is_in_place = self._address == backend.ggml.get_data(tensor.pointer)
         self._set = backend.ggml.backend_tensor_set
         self._get = backend.ggml.backend_tensor_get
+        self._get_later = backend.ggml.backend_tensor_get_async
 
     def upload(self) -> None:
         """host -> device"""
-        self._set(self._pointer, self._address, 0, self._n_bytes)
+        if not self._is_in_place:
+            self._set(self._pointer, self._address, 0, self._n_bytes)
+
+    def upload_part(self, offset: int, n_bytes: int) -> None:
+        """The same of some bytes, `offset` from the start of both."""
+        assert 0 <= offset <= offset + n_bytes <= self._n_bytes
+        self._set(self._pointer, self._address + offset, offset, n_bytes)
 
     def download(self) -> np.ndarray:
         """device -> host; returns the array, which the next download overwrites."""
         self._get(self._pointer, self._address, 0, self._n_bytes)
         return self.array
+
+    def download_later(self) -> None:
+        """device -> host in the backend's queue, behind what is in it; the array is filled when
+        `Backend.synchronize` has returned. Beside the host only with pinned memory."""
+        self._get_later(self._backend.handle, self._pointer, self._address, 0, self._n_bytes)

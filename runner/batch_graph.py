@@ -17,6 +17,7 @@ from quant.graph import Graph, HostPort
 from runner import model
 from runner.device_state import BatchShape, EngineParts
 from runner.model import BatchTensors
+from runner.readback import Readback
 from runner.token_graph import TokenGraph
 
 _NODES_PER_LAYER = 64  # attention, router and experts together have fewer, sums over experts apart
@@ -117,9 +118,13 @@ class BatchGraph:
 
         Returns expert ids (n, n_expert_used) int32, best first; the next call overwrites them.
         """
-        self._compute(layer)
         self._routing = self._routing_ports[self._narrows_at(layer)]
-        return self._routing.slot_ids.download()
+        readback = self._parts.readback
+        if readback is None or len(self._routing.slot_ids.array) > 1:
+            self._compute(layer)
+            return self._routing.slot_ids.download()
+        self._compute(layer, readback)
+        return readback.expert_ids
 
     def router_weights(self) -> np.ndarray:
         """The weights of the experts that `route` returned, (n, n_expert_used) float32."""
@@ -182,13 +187,21 @@ class BatchGraph:
             self._compute(len(self._graphs) - 1)
         return self._logits_port.download()
 
-    def _compute(self, index: int) -> None:
+    def _compute(self, index: int, readback: Readback | None = None) -> None:
+        """Run a graph to its end, and what is read back behind it."""
         graph = self._graphs[index]
         if self._is_after_passes:
             graph = self._graph_after_passes(index)
             self._is_after_passes = False
         start = time.perf_counter_ns()
-        graph.compute()
+        if readback is None:
+            graph.compute()
+        else:
+            try:
+                graph.start()
+                readback.start()
+            finally:
+                self._parts.backend.synchronize()
         self.compute_ns += time.perf_counter_ns() - start
 
     # building

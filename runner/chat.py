@@ -1,6 +1,6 @@
 """The chat loop: reads a message or command, lets the engine answer, keeps the conversation.
 
-Knows the client's public names; what is printed is in `chat_view`, commands in `chat_commands`.
+Knows the client's public names; what shows it is a `view.View`, commands in `chat_commands`.
 """
 
 import time
@@ -19,10 +19,10 @@ from runner.errors import (
 from runner.protocol import GenerateResult, ModelInfo, PromptProgress, TextPiece
 from runner.terminal.chat_commands import ChatCommands, ChatState, Next
 from runner.terminal.chat_input import Reader, without_quotes
-from runner.terminal.chat_view import AnswerPrinter, ChatView
 from runner.terminal.conversation import Conversation
 from runner.terminal.interrupts import SecondInterrupt, first_interrupt_calls
 from runner.terminal.terminal_text import storable
+from runner.terminal.view import Answer, View
 
 if TYPE_CHECKING:
     from runner.engine_client import Client
@@ -50,7 +50,7 @@ class Chat:
         client: "Client",
         info: ModelInfo,
         conversation: Conversation,
-        view: ChatView,
+        view: View,
         reader: Reader,
     ) -> None:
         self._client = client
@@ -120,7 +120,7 @@ class Chat:
             printer.close()
         return None
 
-    def _stream(self, answer: _Answer, printer: AnswerPrinter) -> None:
+    def _stream(self, answer: _Answer, printer: Answer) -> None:
         for item in self._client.generate(self._conversation.request()):
             match item:
                 case TextPiece():
@@ -183,7 +183,7 @@ class Chat:
         return not self._is_down
 
 
-def progress(view: ChatView) -> Callable[[str, int, int], None]:
+def progress(view: View) -> Callable[[str, int, int], None]:
     """A callback that shows how far loading is."""
 
     def show(stage: str, done: int, total: int) -> None:

@@ -24,7 +24,7 @@ from runner.terminal.hub_options import HF_REPO_FLAG, HUB_FLAGS, MODEL
 from runner.terminal.perplexity_options import PERPLEXITY_FLAGS
 from runner.terminal.profile_options import PROFILE_FLAGS
 from runner.terminal.terminal_text import visible
-from runner.terminal.top_options import TOP_FLAGS
+from runner.terminal.watch_commands import WATCH_COMMANDS
 
 if TYPE_CHECKING:
     from runner.screens import Screens
@@ -211,24 +211,6 @@ def _doctor_command(**params: Any) -> None:
     click.get_current_context().exit(examine_machine(params, os.environ))
 
 
-def _top_command(**params: Any) -> None:
-    from runner.terminal.top_command import watch_engine
-
-    if params["follow"] and not params["as_json"]:
-        raise click.UsageError("--follow: only with --json.")
-    if params["once"] and params["as_json"]:
-        raise click.UsageError("Give either --once or --json, not both.")
-    if params["replay"] is not None and params["pid"] is not None:
-        raise click.UsageError("Give either PID or --replay, not both.")
-    watch_engine(params, click.get_current_context().obj)
-
-
-def _ps_command(as_json: bool) -> None:
-    from runner.terminal.top_command import list_engines
-
-    list_engines(as_json)
-
-
 def _chosen_model(params: Params) -> str:
     context = click.get_current_context()
     if params["word"] and options.is_on_command_line(context, "model"):
@@ -333,6 +315,7 @@ commands = DefaultGroup(
             " user/repo:QUANT, only the header is fetched.",
         ),
         *HUB_COMMANDS,
+        *WATCH_COMMANDS,
         _bench,
         FlagCommand(
             "perplexity",
@@ -364,25 +347,6 @@ commands = DefaultGroup(
             help="Measure which experts of MODEL can stand in for which, once for a model: a text"
             " is run, and the experts are compared on it. An interrupted profile is continued by"
             " the same command. Needs PyTorch: pip install 'buddyrun[profile]'.",
-        ),
-        FlagCommand(
-            "top",
-            params=[
-                click.Argument(["pid"], required=False, metavar="[PID]", type=int),
-                *TOP_FLAGS,
-            ],
-            callback=_top_command,
-            short_help="Watch a running buddyrun: cache, buddies, speed",
-            help="Watch a running buddyrun of yours, from another terminal: which experts are in"
-            " memory, what is missing, who stands in for whom, and how fast it is. PID is the"
-            " process number as `buddyrun ps` shows it; without it you choose.",
-        ),
-        FlagCommand(
-            "ps",
-            params=[options.switch("--json", "as_json", help="Print JSON.")],
-            callback=_ps_command,
-            short_help="List the running buddyruns",
-            help="List your running buddyruns: the model, what each does, how its cache does.",
         ),
         FlagCommand(
             "doctor",

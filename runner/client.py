@@ -15,10 +15,12 @@ from runner.recording import Recorder, Replay
 from runner.screens import ChatRequest, MonitorRequest, Screens
 from runner.stats import StatsRates, StatsSnapshot
 from runner.terminal.chat_commands import complete
-from runner.terminal.chat_view import ChatView
+from runner.terminal.chat_input import is_open
+from runner.terminal.chat_view import eight_labels, info_lines, remarks_on_end, summary
 from runner.terminal.conversation import ChatSettings, Conversation
 from runner.terminal.history import LineHistory
 from runner.terminal.terminal_text import visible, visible_line
+from runner.terminal.thinking import Part, ThinkingSplitter
 from runner.version import version
 from runner.watch import Running, Watch, find
 
@@ -29,7 +31,6 @@ __all__ = [
     "Chat",
     "ChatRequest",
     "ChatSettings",
-    "ChatView",
     "Client",
     "Conversation",
     "EngineConfig",
@@ -41,6 +42,7 @@ __all__ = [
     "ModelInfo",
     "MonitorRequest",
     "OptionError",
+    "Part",
     "PromptProgress",
     "Recorder",
     "Replay",
@@ -50,11 +52,17 @@ __all__ = [
     "StatsRates",
     "StatsSnapshot",
     "TextPiece",
+    "ThinkingSplitter",
     "Watch",
     "WorkerDiedError",
     "bytes_text",
     "complete",
+    "eight_labels",
     "find",
+    "info_lines",
+    "is_open",
+    "remarks_on_end",
+    "summary",
     "version",
     "visible",
     "visible_line",

@@ -14,6 +14,7 @@ from quant.graph import Graph
 from runner.kv_cache import KVCache, padded_context
 from runner.model import BatchTensors, RouterTensors
 from runner.model_config import ModelConfig
+from runner.readback import Readback
 from runner.residency import Residency
 from runner.weights import ExpertSlabs, Weights
 
@@ -134,4 +135,5 @@ class EngineParts:
     kv: KVCache
     state: DeviceState
     residency: Residency | None = None  # where the host need not be asked who computes what
+    readback: Readback | None = None  # on a device whose experts may be missing
     predicts: bool = False  # decoding predicts the next layer's experts, to read ahead

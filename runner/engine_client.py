@@ -3,7 +3,7 @@
 import itertools
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from queue import Empty, SimpleQueue
 from types import TracebackType
@@ -55,9 +55,31 @@ OnProgress = Callable[[str, int, int], None]
 Mailbox = SimpleQueue[Message | None]  # None: the worker has ended
 
 
+@dataclass(frozen=True)
+class _Line:
+    """One worker and who waits for its replies."""
+
+    worker: WorkerProcess
+    mailboxes: dict[int, Mailbox]
+    ended: threading.Event
+
+
+@dataclass(frozen=True)
+class _Asked:
+    """A request. It belongs to its worker to its end, also when that is replaced meanwhile."""
+
+    number: int
+    mailbox: Mailbox
+    line: _Line
+
+    def forget(self) -> None:
+        """Wait for no reply any more."""
+        self.line.mailboxes.pop(self.number, None)
+
+
 class Client:
-    """One engine in a process of its own. Requests other than `stats` come from one thread;
-    `stats` and `cancel` may come from any, and `cancel` from a signal handler too.
+    """One engine in a process of its own. Requests come from one thread, but `stats`, `frame`,
+    `change` and `cancel` may come from any, and `cancel` from a signal handler too.
 
     Errors that the worker raised are raised here with the same class and text. When it died
     that is WorkerDiedError, and `restart` makes a new one with the same model.
@@ -69,7 +91,7 @@ class Client:
         self._info: ModelInfo | None = None  # of the last load
         self._lacked_device_memory = False  # when something went wrong last
         self._job: int | None = None  # the id of the running one
-        self._dropped: int | None = None  # a job whose reader went away before its end
+        self._dropped: _Asked | None = None  # a job whose reader went away before its end
         self._open_worker()
 
     @classmethod
@@ -91,12 +113,12 @@ class Client:
     @property
     def pid(self) -> int:
         """The worker's process id."""
-        return self._worker.pid
+        return self._line.worker.pid
 
     @property
     def log(self) -> str:
         """The last lines that the worker wrote to stderr: traces, what native code said."""
-        return self._worker.log
+        return self._line.worker.log
 
     def load(
         self,
@@ -116,8 +138,8 @@ class Client:
         """Replace the worker, dead or alive, by a new one and load the same model again; with
         fewer slots for experts, and a warning, where the memory of a GPU had run out."""
         assert self._loaded is not None, "nothing was loaded that could be loaded again"
-        self._worker.kill()
-        self._worker.end()
+        self._line.worker.kill()
+        self._line.worker.end()
         self._open_worker()
         warning = self._ask_for_fewer_slots() if self._lacked_device_memory else ""
         self._lacked_device_memory = False
@@ -216,20 +238,20 @@ class Client:
 
     def stats(self) -> dict[str, Any]:
         """The engine's counters now, also while it computes."""
-        number, mailbox = self._send("stats")
+        asked = self._send("stats")
         try:
-            snapshot: dict[str, Any] = self._next_reply(mailbox)["snapshot"]
+            snapshot: dict[str, Any] = self._next_reply(asked)["snapshot"]
         finally:
-            self._mailboxes.pop(number, None)
+            asked.forget()
         return snapshot
 
     def frame(self) -> Frame:
         """What the engine does now, also while it computes; from any thread."""
-        number, mailbox = self._send("frame")
+        asked = self._send("frame")
         try:
-            reply = self._next_reply(mailbox)
+            reply = self._next_reply(asked)
         finally:
-            self._mailboxes.pop(number, None)
+            asked.forget()
         return replace(protocol.parse(Frame, reply["frame"]), model=self._info)
 
     def change(
@@ -242,11 +264,11 @@ class Client:
         """Change what is not None, from the next token on; returns what holds then. From any
         thread, also while the engine computes. Raises OptionError for what cannot be."""
         wanted = ChangeFields(is_exact, buddy, buddy_budget, is_paused)
-        number, mailbox = self._send("change", **vars(wanted))
+        asked = self._send("change", **vars(wanted))
         try:
-            reply = self._next_reply(mailbox)
+            reply = self._next_reply(asked)
         finally:
-            self._mailboxes.pop(number, None)
+            asked.forget()
         settings = protocol.parse(RunSettings, reply["settings"])
         self._keep(settings)
         return settings
@@ -268,21 +290,20 @@ class Client:
 
     def close(self) -> None:
         """End the worker. Can be called twice."""
-        self._worker.send(protocol.encode({"type": "shutdown"}))
-        self._worker.end()
+        self._line.worker.send(protocol.encode({"type": "shutdown"}))
+        self._line.worker.end()
 
     def _cancel(self, job: int | None) -> None:
         if job is not None:
-            self._worker.send(protocol.encode({"type": "cancel", "target": job}))
+            self._line.worker.send(protocol.encode({"type": "cancel", "target": job}))
 
     def _open_worker(self) -> None:
-        self._mailboxes: dict[int, Mailbox] = {}
-        self._ended = threading.Event()
+        mailboxes: dict[int, Mailbox] = {}
+        ended = threading.Event()
         self._job = self._dropped = None
         self._circumstances = Circumstances.now(None)
-        # Bound to this worker's own mailboxes: a late message of an old worker finds no reader.
-        mailboxes, ended = self._mailboxes, self._ended
 
+        # Bound to this worker's own mailboxes: a late message of an old worker finds no reader.
         def on_message(message: Message) -> None:
             mailbox = mailboxes.get(message.get("id") or 0)
             if mailbox is not None:
@@ -293,7 +314,7 @@ class Client:
             for mailbox in list(mailboxes.values()):
                 mailbox.put(None)
 
-        self._worker = WorkerProcess(on_message, on_end)
+        self._line = _Line(WorkerProcess(on_message, on_end), mailboxes, ended)
 
     def _load(self, on_progress: OnProgress | None) -> ModelInfo:
         assert self._loaded is not None
@@ -328,12 +349,12 @@ class Client:
     def _run_job(self, kind: str, body: object) -> Iterator[Message]:
         """Send a request and yield its replies up to the last one, or raise what it says."""
         self._await_dropped()
-        number, mailbox = self._send(kind, **vars(body))
-        self._job = number
+        asked = self._send(kind, **vars(body))
+        self._job = asked.number
         is_over = False
         try:
             while not is_over:
-                reply = self._next_reply(mailbox)
+                reply = self._next_reply(asked)
                 is_over = reply["type"] in LAST_REPLIES
                 yield reply
         except (BuddyrunError, CancelledError):
@@ -341,55 +362,54 @@ class Client:
             raise
         finally:
             if is_over:
-                self._mailboxes.pop(number, None)
-            elif self._mailboxes.get(number) is mailbox:  # not of a worker since replaced
-                self._cancel(number)
-                self._dropped = number
-            if self._job == number:
+                asked.forget()
+            elif asked.line is self._line:  # not of a worker since replaced
+                self._cancel(asked.number)
+                self._dropped = asked
+            if self._job == asked.number:
                 self._job = None
 
     def _await_dropped(self) -> None:
         """Skip what is still to come of a job that was dropped before its end."""
         if self._dropped is None:
             return
-        mailbox = self._mailboxes[self._dropped]
         try:
-            while self._next_reply(mailbox)["type"] not in LAST_REPLIES:
+            while self._next_reply(self._dropped)["type"] not in LAST_REPLIES:
                 pass
         except WorkerDiedError:
             raise
         except (BuddyrunError, CancelledError):
             pass  # the dropped job's own error is nobody's any more
-        del self._mailboxes[self._dropped]
+        self._dropped.forget()
         self._dropped = None
 
-    def _send(self, kind: str, **body: object) -> tuple[int, Mailbox]:
-        number = next(self._ids)
-        data = protocol.encode({"type": kind, "id": number, **body})
-        mailbox: Mailbox = SimpleQueue()
-        self._mailboxes[number] = mailbox
-        if self._ended.is_set():
-            mailbox.put(None)
-        self._worker.send(data)
-        return number, mailbox
+    def _send(self, kind: str, **body: object) -> _Asked:
+        asked = _Asked(next(self._ids), SimpleQueue(), self._line)
+        data = protocol.encode({"type": kind, "id": asked.number, **body})
+        asked.line.mailboxes[asked.number] = asked.mailbox
+        if asked.line.ended.is_set():
+            asked.mailbox.put(None)
+        asked.line.worker.send(data)
+        return asked
 
-    def _next_reply(self, mailbox: Mailbox) -> Message:
+    def _next_reply(self, asked: _Asked) -> Message:
         while True:
             try:
-                reply = mailbox.get(timeout=POLL_S)
+                reply = asked.mailbox.get(timeout=POLL_S)
             except Empty:
                 continue
             if reply is None:
-                raise self._death()
+                raise self._death(asked.line)
             if reply["type"] == "error":
                 self._lacked_device_memory = reply["kind"] == OutOfMemoryError.__name__
                 raise _as_error(reply)
             return reply
 
-    def _death(self) -> WorkerDiedError:
-        status = self._worker.end()
-        self._lacked_device_memory = lacked_device_memory(self._worker.log)
-        return WorkerDiedError(explain(status, self._worker.log, self._circumstances))
+    def _death(self, line: _Line) -> WorkerDiedError:
+        status = line.worker.end()
+        if line is self._line:
+            self._lacked_device_memory = lacked_device_memory(line.worker.log)
+        return WorkerDiedError(explain(status, line.worker.log, self._circumstances))
 
 
 def _as_error(reply: Message) -> Exception:

@@ -5,6 +5,7 @@ token is decoded alone, as in a chat, so the cache of experts evolves as it does
 token of a window but the first is scored, by the logits behind the tokens in front of it.
 """
 
+import math
 import time
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack, closing
@@ -246,9 +247,9 @@ def _run(
     config = replace(
         config, n_ctx=base.n_ctx, context_shift=False, counts_weight=True, verify_every=0
     )
-    reported_s = time.monotonic()
+    reported_s = -math.inf
     with closing(Engine(base.path, config, listeners.load, listeners.cancelled)) as engine:
-        before = engine.snapshot()
+        before, warnings = engine.snapshot(), engine.warnings
         for number, window in enumerate(base.windows):
             engine.reset()
             for token, following in pairwise(window):
@@ -256,7 +257,7 @@ def _run(
                     raise CancelledError
                 scorer.add(engine.decode(token), following)
                 if time.monotonic() - reported_s >= _REPORT_EVERY_S:
-                    listeners.emit(scorer.progress())
-                    reported_s = time.monotonic()
+                    listeners.emit(replace(scorer.progress(), warnings=warnings))
+                    reported_s, warnings = time.monotonic(), ()
             scorer.end_window(number + 1)
         return engine.snapshot().counted_since(before)

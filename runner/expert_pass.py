@@ -4,17 +4,19 @@ A pass gathers the inputs of its pairs, computes them and puts the outputs where
 finds them. All pairs that an expert has in the batch belong into one pass: see `expert_outputs`.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 
 import numpy as np
 
-from quant.ggml import Backend, GraphAllocator
+from quant.ggml import Backend, GraphAllocator, Tensor
 from quant.graph import Graph, HostPort
 from runner import model
 from runner.device_state import PassTensors
 from runner.model_config import ModelConfig
 from runner.weights import ExpertSlabs
+
+Numbers = np.ndarray | Sequence[int]  # a few integers: lists are faster for one token's pairs
 
 _MAX_NODES = 16
 
@@ -43,9 +45,9 @@ class ExpertPass:
         outputs = model.expert_outputs(g, slabs, x, slot_ids)
         rows = g.reshape_2d(outputs, config.n_embd, n_pairs)
         g.expand(g.set_rows(tensors.outputs, rows, g.matrix(tensors.pairs, n_pairs, 1)))
-        self._tokens = HostPort(backend, tensors.tokens, np.zeros(n_pairs, np.int32))
-        self._slots = HostPort(backend, tensors.slots, np.zeros(n_pairs, np.int32))
-        self._pairs = HostPort(backend, tensors.pairs, np.zeros(n_pairs, np.int64))
+        self._tokens = _port(backend, tensors.tokens, n_pairs, np.int32)
+        self._slots = _port(backend, tensors.slots, n_pairs, np.int32)
+        self._pairs = _port(backend, tensors.pairs, n_pairs, np.int64)
         self._n_expert_used = config.n_expert_used
 
     def close(self) -> None:
@@ -61,7 +63,7 @@ class ExpertPass:
     def lay_out(self, allocator: GraphAllocator) -> None:
         self._graph.lay_out_within(allocator)
 
-    def start(self, pairs: np.ndarray, slots: np.ndarray) -> None:
+    def start(self, pairs: Numbers, slots: Numbers) -> None:
         """Begin to compute pairs (n_pairs,), each token * n_expert_used + rank; slots (n_pairs,).
 
         `Backend.synchronize` waits for the end.
@@ -74,6 +76,12 @@ class ExpertPass:
             np.floor_divide(pairs, self._n_expert_used, out=self._tokens.array, casting="unsafe")
             self._tokens.upload()
         self._graph.start()
+
+
+def _port(backend: Backend, tensor: Tensor, n: int, kind: type[np.generic]) -> HostPort:
+    if backend.is_host:
+        return HostPort(backend, tensor, backend.view(tensor).view(kind)[:n])
+    return HostPort(backend, tensor, np.zeros(n, kind))
 
 
 class PassSet:
@@ -118,8 +126,8 @@ class PassSet:
     def run(
         self,
         layer: int,
-        pairs: np.ndarray,
-        slots: np.ndarray,
+        pairs: Numbers,
+        slots: Numbers,
         n_tokens: int,
         meanwhile: Callable[[], None] = lambda: None,
     ) -> None:

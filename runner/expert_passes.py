@@ -12,8 +12,9 @@ import numpy as np
 
 from quant.ggml import Context, GraphAllocator
 from quant.ggml_types import GGML_TYPES_BY_NAME
+from quant.graph import HostPort
 from runner.device_state import EngineParts, PassTensors
-from runner.expert_pass import PassSet
+from runner.expert_pass import Numbers, PassSet
 
 _F32 = GGML_TYPES_BY_NAME["F32"].id
 
@@ -52,9 +53,7 @@ class ExpertPasses:
         """Whether the layer's experts can be computed where they are mapped."""
         return self._by_host.has(layer)
 
-    def run(
-        self, layer: int, on_host: bool, pairs: np.ndarray, slots: np.ndarray, n_tokens: int
-    ) -> int:
+    def run(self, layer: int, on_host: bool, pairs: Numbers, slots: Numbers, n_tokens: int) -> int:
         """Compute pairs by the layer's slots, or by the experts where they are mapped.
 
         Shapes as in `PassSet.run`; on the host a slot is an expert; n_tokens are the batch's.
@@ -74,10 +73,10 @@ class ExpertPasses:
     def run_beside(
         self,
         layer: int,
-        pairs: np.ndarray,
-        slots: np.ndarray,
-        host_pairs: np.ndarray,
-        experts: np.ndarray,
+        pairs: Numbers,
+        slots: Numbers,
+        host_pairs: Numbers,
+        experts: Numbers,
         n_tokens: int,
     ) -> int:
         """Compute some pairs by slots on the device while the host computes others by `experts`.
@@ -99,9 +98,7 @@ class ExpertPasses:
         self.compute_ns += time.perf_counter_ns() - started
         return host_ns
 
-    def _run_on_host(
-        self, layer: int, pairs: np.ndarray, experts: np.ndarray, n_tokens: int
-    ) -> None:
+    def _run_on_host(self, layer: int, pairs: Numbers, experts: Numbers, n_tokens: int) -> None:
         self._by_host.run(layer, pairs, experts, n_tokens)
         if self._host_memory is not None:
             self._host_memory.deliver(pairs)
@@ -135,20 +132,29 @@ class _HostMemory:
             self._owned = owned.pop_all()
         row = (-1, config.n_embd)
         self._inputs = host.view(ffn_input).view(np.float32).reshape(row)
-        self._outputs = host.view(self.tensors.outputs).view(np.float32).reshape(row)
+        outputs = host.view(self.tensors.outputs).view(np.float32).reshape(row)
+        self._outputs = HostPort(parts.backend, parts.state.passes.outputs, outputs)
 
     def close(self) -> None:
         self._owned.close()
 
     def fetch(self, n_tokens: int) -> None:
-        """Bring the experts' inputs of the routed layer here."""
-        self._parts.backend.read(self._parts.state.ffn_input, self._inputs[:n_tokens])
+        """Bring the experts' inputs of the routed layer here; one token's came with its ids."""
+        if n_tokens == 1 and self._parts.readback is not None:
+            self._inputs[:1] = self._parts.readback.ffn_input
+        else:
+            self._parts.backend.read(self._parts.state.ffn_input, self._inputs[:n_tokens])
 
-    def deliver(self, pairs: np.ndarray) -> None:
+    def deliver(self, pairs: Numbers) -> None:
         """Put the outputs of these pairs, in ascending order, among those of the device."""
-        backend, target = self._parts.backend, self._parts.state.passes.outputs
-        row_bytes = self._outputs.strides[0]
-        runs = np.split(pairs, np.flatnonzero(np.diff(pairs) != 1) + 1)
-        for run in runs:
-            first, end = int(run[0]), int(run[-1]) + 1
-            backend.write(target, self._outputs[first:end], first * row_bytes)
+        first, last = int(pairs[0]), int(pairs[-1])
+        if last - first + 1 == len(pairs):  # one token's nearly always are, so without numpy
+            self._deliver_run(first, last)
+            return
+        for run in np.split(pairs, np.flatnonzero(np.diff(pairs) != 1) + 1):
+            self._deliver_run(int(run[0]), int(run[-1]))
+
+    def _deliver_run(self, first: int, last: int) -> None:
+        """Pairs that lie side by side."""
+        n_bytes = self._outputs.array.strides[0]  # of one pair
+        self._outputs.upload_part(first * n_bytes, (last + 1 - first) * n_bytes)

@@ -19,6 +19,7 @@ from runner.kv_cache import KVCache
 from runner.model_config import ModelConfig
 from runner.model_sizes import is_expert_tensor
 from runner.page_in import page_in
+from runner.readback import Readback
 from runner.residency import Residency
 from runner.weights import Weights
 
@@ -104,12 +105,16 @@ def allocate(
     owned.callback(state.close)
     in_place = tuple(layer.experts for layer in weights.layers)
     slabs = cache.slabs if cache is not None else in_place
-    residency = None
+    residency = readback = None
     if cache is not None and model.is_moe:
         residency = Residency(backend, model)
         owned.callback(residency.close)
+        if not backend.is_host:
+            readback = Readback(backend, state.slot_ids, state.ffn_input)
+            owned.callback(readback.close)
     predicts = cache is not None and cache.reads_ahead
-    return EngineParts(backend, host, model, weights, slabs, kv, state, residency, predicts)
+    parts = (backend, host, model, weights, slabs, kv, state, residency, readback)
+    return EngineParts(*parts, predicts=predicts)
 
 
 def scattered_notes(weights: Weights) -> tuple[str, ...]:

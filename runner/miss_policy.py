@@ -32,12 +32,14 @@ __all__ = [
     "drop",
     "exact",
     "exact_plan",
+    "missing_experts",
     "plan",
     "prior",
     "prior_then",
     "random",
     "resident",
     "router",
+    "served",
     "similar",
 ]
 
@@ -81,22 +83,41 @@ def all_resident(expert_ids: np.ndarray) -> RoutingPlan:
     return RoutingPlan(expert_ids.copy(), (), (), expert_ids.size, 0, 0)
 
 
+def missing_experts(expert_ids: np.ndarray, slot_of: np.ndarray) -> tuple[int, ...]:
+    """The experts of a batch that are not resident, in ascending order.
+
+    expert_ids (n_tokens, n_expert_used) int32. slot_of (n_expert,) int32 is the slot of each
+    resident expert of the layer, below 0 for a missing one.
+    """
+    slots: list[int] = slot_of.tolist()
+    chosen: list[int] = expert_ids[0].tolist()
+    if len(expert_ids) > 1:
+        chosen = np.flatnonzero(np.bincount(expert_ids.ravel())).tolist()
+    return tuple(sorted(expert for expert in chosen if slots[expert] < 0))
+
+
 def exact_plan(
     expert_ids: np.ndarray, slot_of: np.ndarray, on_host: frozenset[int] = frozenset()
 ) -> RoutingPlan:
     """Every pair is computed by the expert that the router chose, with the router's weight.
 
-    expert_ids (n_tokens, n_expert_used) int32. slot_of (n_expert,) int32 is the slot of each
-    resident expert of the layer, below 0 for a missing one. Missing experts in `on_host` are
-    computed there, the others loaded.
+    Shapes as in `missing_experts`. Those in `on_host` are computed there, the others loaded.
     """
-    counts = np.bincount(expert_ids.ravel(), minlength=len(slot_of))
-    missing = np.flatnonzero((slot_of < 0) & (counts > 0)).tolist()
+    return served(expert_ids, missing_experts(expert_ids, slot_of), on_host)
+
+
+def served(
+    expert_ids: np.ndarray, missing: tuple[int, ...], on_host: frozenset[int]
+) -> RoutingPlan:
+    """The same where the batch's `missing_experts` are known."""
     if not missing:
         return all_resident(expert_ids)
     loads = tuple(expert for expert in missing if expert not in on_host)
     host = tuple(expert for expert in missing if expert in on_host)
-    n_loaded, n_on_host = int(counts[list(loads)].sum()), int(counts[list(host)].sum())
+    n_loaded, n_on_host = len(loads), len(host)  # of one token: a pair each
+    if len(expert_ids) > 1:
+        counts = np.bincount(expert_ids.ravel())
+        n_loaded, n_on_host = int(counts[list(loads)].sum()), int(counts[list(host)].sum())
     n_hit = expert_ids.size - n_loaded - n_on_host
     experts = expert_ids.copy()
     return RoutingPlan(experts, loads, host, n_hit, n_loaded, n_on_host, chosen=experts)

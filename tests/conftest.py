@@ -15,7 +15,7 @@ import pytest
 from quant.devices import Device, devices
 from quant.errors import BackendError
 from quant.ggml_library import library_folder
-from tests.llama_cpp_oracle import quantize
+from tests.llama_cpp_oracle import FILE_TYPES, quantize
 from tests.paths import DEMO, HELD_OUT
 
 NO_GPU = "needs a GPU, and ggml finds none (CONTRIBUTING.md: make test-gpu)"
@@ -24,12 +24,6 @@ NO_GPU = "needs a GPU, and ggml finds none (CONTRIBUTING.md: make test-gpu)"
 signal.signal(signal.SIGINT, signal.default_int_handler)
 if hasattr(signal, "SIGHUP"):
     signal.signal(signal.SIGHUP, signal.SIG_DFL)
-
-# LLAMA_FTYPE numbers of llama.cpp's quantizer
-FILE_TYPES = {
-    "F16": 1, "Q8_0": 7, "Q6_K": 18, "Q5_K": 17, "Q4_K": 15, "Q4_0": 2, "Q3_K": 12, "Q2_K": 10,
-    "IQ4_XS": 30,
-}  # fmt: skip
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

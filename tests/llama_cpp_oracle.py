@@ -7,19 +7,30 @@ from typing import Self
 import numpy as np
 from llama_cpp import llama_cpp as C
 
+from quant.devices import Device
 from runner.llama_library import llama_library
+
+# LLAMA_FTYPE numbers of llama.cpp's quantizer
+FILE_TYPES = {
+    "F16": 1, "Q8_0": 7, "Q6_K": 18, "Q5_K": 17, "Q4_K": 15, "Q4_0": 2, "Q3_K": 12, "Q2_K": 10,
+    "IQ4_XS": 30,
+}  # fmt: skip
 
 
 class LlamaCpp:
-    """One model in llama.cpp on the CPU, weights used in place like ours (no repacking)."""
+    """One model in llama.cpp on the CPU, or all of it on one device; weights used in place like
+    ours (no repacking)."""
 
     def __init__(
         self, path: Path, n_ctx: int = 1024, n_batch: int = 512, n_threads: int = 1,
-        repack: bool = False,
+        repack: bool = False, device: Device | None = None,
     ) -> None:  # fmt: skip
         llama_library()  # keeps llama.cpp's log quiet
         model_params = C.llama_model_default_params()
         model_params.use_extra_bufts = repack
+        offered = (ctypes.c_void_p * 2)(device.handle if device else None, None)
+        model_params.devices = ctypes.cast(offered, ctypes.c_void_p)
+        model_params.n_gpu_layers = -1 if device else 0
         self.model = C.llama_model_load_from_file(str(path).encode(), model_params)
         assert self.model, f"llama.cpp cannot load {path}"
         params = C.llama_context_default_params()

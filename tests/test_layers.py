@@ -8,7 +8,10 @@ from pathlib import Path
 
 import pytest
 
+import runner.client
+
 ROOT = Path(__file__).parent.parent
+LOWER_FLOORS = {"quant", "runner"}
 FLOORS = {"quant": 0, "runner": 1, "tui": 2}
 FILES = [path for floor in FLOORS for path in sorted((ROOT / floor).rglob("*.py"))]
 TORCH_ALLOWED = {"runner/profiling/expert_outputs.py"}
@@ -46,6 +49,25 @@ def test_imports_go_down_only(path: Path) -> None:
         above = FLOORS.get(module.split(".")[0], floor)
         assert above <= floor, f"{name_of(path)} imports {module}"
         assert module.split(".")[0] != "tests"
+
+
+@pytest.mark.parametrize(
+    "path", [path for path in FILES if name_of(path).startswith("tui/")], ids=name_of
+)
+def test_screens_use_what_the_client_offers_and_nothing_else(path: Path) -> None:
+    doorway = {"runner.cli": {"main"}} if name_of(path) == "tui/start.py" else {}
+    offered = {"runner.client": set(runner.client.__all__), **doorway}
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            assert not any(name.name.split(".")[0] in LOWER_FLOORS for name in node.names)
+        if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] in LOWER_FLOORS:
+            names = {name.name for name in node.names}
+            assert names <= offered.get(node.module or "", set()), f"{name_of(path)}: {names}"
+
+
+def test_the_command_line_loads_no_screen() -> None:
+    check = "import sys, tui.start; sys.exit('textual' in sys.modules or 'numpy' in sys.modules)"
+    subprocess.run([sys.executable, "-c", check], cwd=ROOT, check=True)
 
 
 @pytest.mark.parametrize("path", FILES, ids=name_of)

@@ -143,6 +143,9 @@ class ExpertRunner:
             table.hold_only(layer, slots)
             graph.apply(slots, plan.weights)
             self._guess_ahead(graph, layer)
+        elif len(plan.experts) == 1 and self._passes.has_device and not (plan.loads or extra):
+            self._compute_with_host(layer, plan)
+            graph.apply_passes(plan.weights)
         else:
             streaming = Streaming(self._cache, self._passes, layer, plan, guess)
             streaming.run(extra, self.finish, lambda: self._guess_ahead(graph, layer))
@@ -150,6 +153,26 @@ class ExpertRunner:
         if len(expert_ids) == 1 and is_counted:
             self._upload_ahead(layer, plan)
         return counted
+
+    def _compute_with_host(self, layer: int, plan: RoutingPlan) -> None:
+        """Compute a token for which nothing is read: the device what is resident, and beside it
+        the host what is not.
+
+        What `Streaming` does with it, without the machinery for reads.
+        """
+        self._cache.table.release(layer)  # nobody takes a slot while this runs
+        experts: list[int] = plan.experts[0].tolist()
+        host_pairs = [rank for rank, expert in enumerate(experts) if expert in plan.on_host]
+        on_host = [experts[rank] for rank in host_pairs]
+        pairs = [rank for rank, expert in enumerate(experts) if expert not in plan.on_host]
+        if pairs:
+            slot_of = self._cache.table.slot_of[layer].tolist()
+            slots = [slot_of[experts[rank]] for rank in pairs]
+            spent_ns = self._passes.run_beside(layer, pairs, slots, host_pairs, on_host, 1)
+        else:
+            spent_ns = self._passes.run(layer, True, host_pairs, on_host, 1)
+        store = self._cache.store
+        store.observe_compute(store.n_bytes(layer) * len(on_host), spent_ns / 1e9, on_host=True)
 
     def _upload_ahead(self, layer: int, plan: RoutingPlan) -> None:
         """Bring to the device what the host had to compute, if that pays for tokens to come."""

@@ -68,9 +68,9 @@ class MissPlanner:
         """expert_ids (n, n_expert_used) int32, what the graph's router just chose."""
         slot_of = self._table.slot_of[layer]
         if not self.counts_weight:
-            plan = miss_policy.exact_plan(expert_ids, slot_of)
-            on_host = self._to_compute_on_host(layer, plan)
-            return miss_policy.exact_plan(expert_ids, slot_of, on_host) if on_host else plan
+            missing = miss_policy.missing_experts(expert_ids, slot_of)
+            on_host = self._to_compute_on_host(layer, expert_ids, missing)
+            return miss_policy.served(expert_ids, missing, on_host)
         is_resident = slot_of >= 0
         if is_resident[expert_ids].all():
             return self.plan_of_all(expert_ids)
@@ -81,7 +81,7 @@ class MissPlanner:
         """The plan of a layer whose routing is known as a whole."""
         choice = self._choose(layer, routing)
         plan = miss_policy.plan(choice, routing)
-        on_host = self._to_compute_on_host(layer, plan)
+        on_host = self._to_compute_on_host(layer, plan.experts, plan.loads)
         return miss_policy.plan(choice, routing, on_host) if on_host else plan
 
     def plan_of_all(self, expert_ids: np.ndarray) -> RoutingPlan:
@@ -110,16 +110,24 @@ class MissPlanner:
             return choice
         return self._buddies.choose(layer, replace(routing, is_resident=is_there))
 
-    def _to_compute_on_host(self, layer: int, plan: RoutingPlan) -> frozenset[int]:
-        """Which of the plan's loads are rather computed where they are mapped."""
-        if not plan.loads or self._miss_action == "load" or not self._passes.has_host(layer):
+    def _to_compute_on_host(
+        self, layer: int, experts: np.ndarray, missing: tuple[int, ...]
+    ) -> frozenset[int]:
+        """Which missing experts are rather computed where they are mapped than loaded.
+
+        experts (n_tokens, n_expert_used) int32, who computes each pair.
+        """
+        if not missing or self._miss_action == "load" or not self._passes.has_host(layer):
             return _NONE
         if self._miss_action == "host":
-            return frozenset(plan.loads)
-        evicting = plan.loads[self._table.n_empty(layer) :]  # empty slots are for loads
-        n_pairs = np.bincount(plan.experts[plan.experts >= 0], minlength=max(evicting, default=0))
+            return frozenset(missing)
+        if self._table.has_empty(layer):  # empty slots are for loads
+            missing = missing[self._table.n_empty(layer) :]
+        n_pairs = [1] * len(missing)  # of one token
+        if len(experts) > 1:
+            n_pairs = [int((experts == expert).sum()) for expert in missing]
         return frozenset(
             expert
-            for expert in evicting
-            if self._store.is_cheaper_on_host(layer, expert, int(n_pairs[expert]))
+            for expert, n in zip(missing, n_pairs, strict=True)
+            if self._store.is_cheaper_on_host(layer, expert, n)
         )

@@ -37,6 +37,7 @@ class SlotTable:
         self._favourites: list[list[int]] | None = None
         self._n_resident = [0] * len(n_slots)
         self._n_tokens = [0] * len(n_slots)
+        self._least: list[float | None] = [None] * len(n_slots)  # see `least_recent_uses`
 
     # what is asked for
 
@@ -48,17 +49,27 @@ class SlotTable:
             self.frequency[layer] *= 2.0 ** -(clock / LFU_HALF_LIFE)
             self.last_used[layer] -= clock
             self._n_tokens[layer] = clock = 0
+            self._least[layer] = None
         increment = 2.0 ** (clock / LFU_HALF_LIFE)
         self._n_tokens[layer] += n_tokens
-        self.count_uses(layer, expert_ids)
         if n_tokens == 1:  # an expert comes at most once in a token
-            self.last_used[layer, expert_ids[0]] = clock
-            self.frequency[layer, expert_ids[0]] += increment
+            self._record_use_of_token(layer, expert_ids, clock, increment)
             return
+        self.count_uses(layer, expert_ids)
         tokens = np.arange(clock, clock + n_tokens)[:, None]
         np.maximum.at(self.last_used[layer], expert_ids, tokens)
         counts = np.bincount(expert_ids.ravel(), minlength=self.slot_of.shape[1])
         self.frequency[layer] += counts * increment
+
+    def _record_use_of_token(
+        self, layer: int, expert_ids: np.ndarray, clock: int, increment: float
+    ) -> None:
+        n_uses, last_used = self.n_uses[layer], self.last_used[layer]
+        frequency = self.frequency[layer]
+        for expert in expert_ids[0].tolist():
+            n_uses[expert] += 1
+            last_used[expert] = clock
+            frequency[expert] += increment
 
     def count_uses(self, layer: int, expert_ids: np.ndarray) -> None:
         """Count the experts that a batch asks for where nobody will ever be evicted."""
@@ -75,6 +86,7 @@ class SlotTable:
         them.
         """
         self.frequency[:] = frequency
+        self._least = [None] * len(self.n_slots)
         ranked = np.argsort(-frequency, axis=1, kind="stable")
         self._favourites = [
             ranked[layer, :n_slots].tolist() for layer, n_slots in enumerate(self.n_slots)
@@ -99,9 +111,22 @@ class SlotTable:
 
     def recent_uses(self, layer: int, expert: int) -> float:
         """How often an expert was asked for, older tokens counting less: see `LFU_HALF_LIFE`."""
-        return float(
-            self.frequency[layer, expert] * 2.0 ** -(self._n_tokens[layer] / LFU_HALF_LIFE)
-        )
+        return float(self.frequency[layer, expert]) * self._age(layer)
+
+    def least_recent_uses(self, layer: int) -> float:
+        """No resident has fewer `recent_uses`; 0.0 with an empty slot. Quick, and may be too low:
+        what was added since `next_victim` looked is left out."""
+        if self.has_empty(layer):
+            return 0.0
+        least = self._least[layer]
+        if least is None:
+            least = float(self.frequency[layer, self.residents(layer)].min())
+            self._least[layer] = least
+        return least * self._age(layer)
+
+    def _age(self, layer: int) -> float:
+        """What an aged count is multiplied with to be one of uses."""
+        return float(2.0 ** -(self._n_tokens[layer] / LFU_HALF_LIFE))
 
     # what is where
 
@@ -144,12 +169,13 @@ class SlotTable:
 
     def can_take(self, layer: int) -> bool:
         """Whether `take` would find a slot."""
-        return bool(self._takeable(layer).any())
+        return bool(self._takeable(layer))
 
     def next_victim(self, layer: int) -> int | None:
         """Who leaves at the next `take`: a resident, or EMPTY; None where it would find no slot."""
-        slots = np.flatnonzero(self._takeable(layer))
-        if not len(slots):
+        self._least[layer] = None
+        slots = self._takeable(layer)
+        if not slots:
             return None
         if self.is_full(layer):
             return EMPTY
@@ -163,8 +189,8 @@ class SlotTable:
         """
         assert self.slot_of[layer, expert] == EMPTY, f"expert {expert} is resident already"
         assert not self.is_filling(layer, expert), f"expert {expert} is being read already"
-        slots = np.flatnonzero(self._takeable(layer))
-        assert len(slots), "every slot is in use"
+        slots = self._takeable(layer)
+        assert slots, "every slot is in use"
         if self.is_full(layer):
             self._filling[layer, expert] = expert
             return expert
@@ -179,6 +205,7 @@ class SlotTable:
         self.slot_of[layer, expert] = slot
         self.expert_in[layer, slot] = expert
         self._n_resident[layer] += 1
+        self._least[layer] = None
         if self._is_worth_a_pin(layer, expert):
             self._pinned[layer, slot] = True
 
@@ -214,18 +241,23 @@ class SlotTable:
             assert slot != EMPTY, f"expert {expert} is not resident"
             self._pinned[layer, slot] = False
 
-    def _least_worth(self, layer: int, slots: np.ndarray) -> int:
-        """The slot of these that is empty, else the one whose expert is worth least."""
-        experts = self.expert_in[layer, slots]
-        value = self.worth(layer)[experts].astype(np.float64)
-        value[experts == EMPTY] = -np.inf
-        return int(slots[value.argmin()])
+    # Without numpy: asked for per layer and token, and a few plain numbers are faster.
 
-    def _takeable(self, layer: int) -> np.ndarray:
-        takeable: np.ndarray = self._filling[layer] == EMPTY
-        takeable &= ~(self._in_use[layer] | self._pinned[layer])
-        takeable[self.n_slots[layer] :] = False
-        return takeable
+    def _least_worth(self, layer: int, slots: Sequence[int]) -> int:
+        """The slot of these that is empty, else the one whose expert is worth least."""
+        experts, worth = self.expert_in[layer].tolist(), self.worth(layer).tolist()
+        empty = (slot for slot in slots if experts[slot] == EMPTY)
+        least = min(slots, key=lambda slot: worth[experts[slot]])
+        return next(empty, least)
+
+    def _takeable(self, layer: int) -> list[int]:
+        filling, in_use = self._filling[layer].tolist(), self._in_use[layer].tolist()
+        pinned = self._pinned[layer].tolist()
+        return [
+            slot
+            for slot in range(self.n_slots[layer])
+            if filling[slot] == EMPTY and not in_use[slot] and not pinned[slot]
+        ]
 
     def _evict(self, layer: int, slot: int) -> None:
         expert = self.expert_in[layer, slot]

@@ -18,11 +18,16 @@ def expert_to_upload(
     of the table. So a slot saves, for each use more than the expert that would leave has, the time
     between computing on the host and on the device; that has to be more than the upload takes.
     """
-    victim = table.next_victim(layer)
-    if victim is None or not on_host:
+    if not on_host:
         return None
     best = max(on_host, key=lambda expert: table.recent_uses(layer, expert))
+    n_uses = table.recent_uses(layer, best)
+    saved_s_per_byte = costs.host_s_per_byte - costs.slot_s_per_byte
+    n_most_gained = n_uses - table.least_recent_uses(layer)  # whoever would leave
+    if n_most_gained <= 0.0 or n_most_gained * saved_s_per_byte <= costs.read_s_per_byte:
+        return None
+    victim = table.next_victim(layer)
+    if victim is None:
+        return None
     n_lost_uses = table.recent_uses(layer, victim) if victim != EMPTY else 0.0
-    n_more_uses = table.recent_uses(layer, best) - n_lost_uses
-    saved_s_per_byte = n_more_uses * (costs.host_s_per_byte - costs.slot_s_per_byte)
-    return best if saved_s_per_byte > costs.read_s_per_byte else None
+    return best if (n_uses - n_lost_uses) * saved_s_per_byte > costs.read_s_per_byte else None

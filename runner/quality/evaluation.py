@@ -124,6 +124,7 @@ class RunProgress:
     n_total: int
     ppl: float
     kl_mean: float = 0.0
+    warnings: tuple[str, ...] = ()  # of the engine, with a run's first progress only
 
 
 @dataclass(frozen=True)

@@ -15,10 +15,11 @@ from runner.stats import StatsSnapshot
 from runner.terminal.cache_text import cache_text
 from runner.terminal.chat_file import load_chat, read_text_file, save_chat
 from runner.terminal.chat_input import without_quotes
-from runner.terminal.chat_view import ChatView, count, device_memory_line, model_line
+from runner.terminal.chat_view import count, device_memory_line, model_line
 from runner.terminal.conversation import ChatSettings, Conversation
 from runner.terminal.history import LineHistory
 from runner.terminal.sampling_options import N_PREDICT, SAMPLING_OPTIONS, find_option
+from runner.terminal.view import View
 
 
 class Next(Enum):
@@ -76,7 +77,7 @@ class ChatState:
 class ChatCommands:
     """Runs one command line at a time. Problems are printed, never raised."""
 
-    def __init__(self, conversation: Conversation, view: ChatView, state: ChatState) -> None:
+    def __init__(self, conversation: Conversation, view: View, state: ChatState) -> None:
         self._conversation = conversation
         self._view = view
         self._state = state

@@ -6,7 +6,7 @@ nothing else: it is data for the next program; remarks go to stderr.
 """
 
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import TextIO
 
 from runner.byte_sizes import bytes_text, range_text
@@ -38,21 +38,9 @@ class ChatView:
             for warning in info.warnings:
                 self.warn(warning)
             return
-        name = visible_line(info.name or info.path)
         self._print(f"{self._styled('buddyrun', _BOLD)} {version}")
-        self._print(f"model    {name}: {model_line(info)}")
-        self._print(
-            f"context  {info.n_ctx} tokens (trained on {info.n_ctx_train})"
-            f"   cache {info.cache_type_k}/{info.cache_type_v}"
-        )
-        threads = "1 thread" if info.n_threads == 1 else f"{info.n_threads} threads"
-        self._print(f"device   {visible_line(info.device)}, {threads}")
-        if info.device_memory is not None:
-            self._print(f"memory   {device_memory_line(info.device_memory)}")
-        if info.moe_cache_slots:
-            self._print(f"experts  {experts_line(info)}")
-        if info.buddy:
-            self._print(f"buddies  {buddies_line(info)}")
+        for line in info_lines(info):
+            self._print(line)
         for note in (*info.warnings, *info.notes):
             self._print(self._styled(f"note     {visible_line(note)}", _YELLOW))
         self._print(self._styled("/? for help, Ctrl-C stops an answer, /bye leaves", _DIM))
@@ -81,22 +69,8 @@ class ChatView:
             lines = eight_labels(result, total_s, load_s) if verbose else [summary(result)]
             for line in lines:
                 self._print(self._styled(line, _DIM))
-        self._remark_on_end(result)
-
-    def _remark_on_end(self, result: GenerateResult) -> None:
-        if result.stop_reason == "context":
-            self.warn(
-                f"The answer was cut: the context is full ({result.n_past} of {result.n_ctx}"
-                " tokens). /clear starts anew; -c N at the start makes more room; with"
-                " --context-shift the oldest part is forgotten instead."
-            )
-        elif self.is_terminal and result.n_past >= CONTEXT_WARNING * result.n_ctx:
-            self.warn(
-                f"{result.n_past / result.n_ctx:.0%} of the context is used"
-                f" ({result.n_past} of {result.n_ctx} tokens); /clear starts anew."
-            )
-        if repeats_itself(result):
-            self.warn(REPEATS)
+        for remark in remarks_on_end(result, self.is_terminal):
+            self.warn(remark)
 
     def _print(self, line: str, stream: TextIO | None = None) -> None:
         self.status.clear()
@@ -183,6 +157,41 @@ class AnswerPrinter:
     def _write(self, text: str) -> None:
         self._out.write(text)
         self._last = text[-1:] or self._last
+
+
+def info_lines(info: ModelInfo) -> list[str]:
+    """What is running, a line for each thing."""
+    threads = "1 thread" if info.n_threads == 1 else f"{info.n_threads} threads"
+    lines = [
+        f"model    {visible_line(info.name or info.path)}: {model_line(info)}",
+        f"context  {info.n_ctx} tokens (trained on {info.n_ctx_train})"
+        f"   cache {info.cache_type_k}/{info.cache_type_v}",
+        f"device   {visible_line(info.device)}, {threads}",
+    ]
+    if info.device_memory is not None:
+        lines.append(f"memory   {device_memory_line(info.device_memory)}")
+    if info.moe_cache_slots:
+        lines.append(f"experts  {experts_line(info)}")
+    if info.buddy:
+        lines.append(f"buddies  {buddies_line(info)}")
+    return lines
+
+
+def remarks_on_end(result: GenerateResult, has_reader: bool) -> Iterator[str]:
+    """What should not be overlooked after an answer; a warning ahead only for a person."""
+    if result.stop_reason == "context":
+        yield (
+            f"The answer was cut: the context is full ({result.n_past} of {result.n_ctx}"
+            " tokens). /clear starts anew; -c N at the start makes more room; with"
+            " --context-shift the oldest part is forgotten instead."
+        )
+    elif has_reader and result.n_past >= CONTEXT_WARNING * result.n_ctx:
+        yield (
+            f"{result.n_past / result.n_ctx:.0%} of the context is used"
+            f" ({result.n_past} of {result.n_ctx} tokens); /clear starts anew."
+        )
+    if repeats_itself(result):
+        yield REPEATS
 
 
 def model_line(info: ModelInfo) -> str:

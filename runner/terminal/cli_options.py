@@ -189,6 +189,7 @@ TERMINAL_FLAGS = (
     switch("--hide-thinking", "hide_thinking", help="Do not show thinking sections."),
     switch("--no-color", "no_color", help="No colours; NO_COLOR does the same."),
     switch("--simple-io", "simple_io", help="Plain line input, for dumb terminals."),
+    switch("--tui", "tui", help="Chat on the whole screen, beside a monitor of the engine."),
     flag(
         *("--history", "history"),
         help="File for the lines typed in a chat; '' = keep none.",

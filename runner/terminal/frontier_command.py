@@ -35,6 +35,7 @@ from runner.quality.frontier_table import footer_lines, header_lines, row_line
 from runner.terminal import cli_options as options
 from runner.terminal.cli_options import Params
 from runner.terminal.model_path import find_model
+from runner.terminal.perplexity_command import warn
 from runner.terminal.profile_command import duration_text
 from runner.terminal.status_line import StatusLine
 from runner.terminal.terminal_text import visible
@@ -170,6 +171,7 @@ class FrontierProgress:
 
     def show(self, progress: RunProgress) -> None:
         """Take news of the run that goes on."""
+        warn(progress, self._status)
         done = self._n_runs_done * progress.n_total + progress.n_done
         total = len(self._labels) * progress.n_total
         left_s = (time.monotonic() - self._started_s) / done * (total - done)

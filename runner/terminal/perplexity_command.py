@@ -63,6 +63,7 @@ def _last(
         if isinstance(event, Evaluation):
             evaluation = event
         elif isinstance(event, RunProgress):
+            warn(event, status)
             status.show(progress_text(event))
         elif is_verbose:
             status.clear()
@@ -71,6 +72,14 @@ def _last(
             print(window_line(event.number, event.divergence), file=sys.stderr, flush=True)
     assert evaluation is not None, "the last item of a job is its result"
     return evaluation
+
+
+def warn(progress: RunProgress, status: StatusLine) -> None:
+    """Print the engine's warnings; the exact run's, which comes first, are those of all runs."""
+    if progress.is_base and progress.warnings:
+        status.clear()
+        for warning in progress.warnings:
+            print(visible(f"buddyrun: {warning}"), file=sys.stderr)
 
 
 def progress_text(progress: RunProgress) -> str:

@@ -3,7 +3,7 @@
 import json
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from quant.gguf_file import GGUFFile
     from runner.engine_client import Client
     from runner.model_config import ModelConfig
-    from runner.screens import Screens
+    from runner.screens import ChatRequest, Screens
     from runner.show import ReportedDevice
     from runner.terminal.chat_input import Reader
     from runner.terminal.history import LineHistory
@@ -42,16 +42,19 @@ def run_model(
     screens: "Screens | None" = None,
 ) -> None:
     """Chat with a model or answer once, as the parameters say. Raises BuddyrunError."""
+    open_screen = _screen(params, environment, screens) if params["tui"] else None
     path = _model_file(params, commands)
     prompt = _prompt(params, words)
     is_chat = _is_chat(params, prompt)
+    if open_screen is not None and not is_chat:
+        raise OptionError("--tui is for a chat, and a prompt asks for one answer; add -cnv")
     if not is_chat and (prompt is None or not prompt.text.strip()):
         raise OptionError("the prompt is empty; give one with -p, as words, or through a pipe")
     view = _view(params, environment)
     for warning in prompt.warnings if prompt else ():
         print(f"buddyrun: {visible(warning)}", file=sys.stderr)
     if is_chat:
-        _chat(path, params, prompt, view, environment)
+        _chat(path, params, prompt, view, environment, open_screen)
     else:
         assert prompt is not None
         _answer_once(path, params, prompt.text, view)
@@ -199,10 +202,35 @@ def _request(params: Params, prompt: str) -> GenerateRequest:
     )
 
 
+def _screen(
+    params: Params, environment: Environment, screens: "Screens | None"
+) -> "Callable[[ChatRequest], None]":
+    """What opens the chat's screen. Raises OptionError when there cannot be one."""
+    for name, flag in (("simple_io", "--simple-io"), ("single_turn", "-st")):
+        if params[name]:
+            raise OptionError(f"--tui contradicts {flag}: leave one out")
+    # The screen is drawn on stderr.
+    if not all(stream.isatty() for stream in (sys.stdin, sys.stdout, sys.stderr)):
+        raise OptionError("--tui needs a terminal: stdin, stdout and stderr must lead to it")
+    if environment.get("TERM", "dumb") in ("dumb", "unknown"):
+        raise OptionError(
+            f"--tui needs a terminal that can place text; TERM is {environment.get('TERM', '')!r}"
+        )
+    if screens is None:
+        raise OptionError("this way of starting buddyrun has no screens; leave --tui out")
+    return screens.chat
+
+
 def _chat(
-    path: Path, params: Params, prompt: Prompt | None, view: ChatView, environment: Environment
+    path: Path,
+    params: Params,
+    prompt: Prompt | None,
+    view: ChatView,
+    environment: Environment,
+    open_screen: "Callable[[ChatRequest], None] | None",
 ) -> None:
     from runner.chat import Chat
+    from runner.screens import ChatRequest
     from runner.terminal.conversation import ChatSettings, Conversation
     from runner.version import version
 
@@ -215,11 +243,17 @@ def _chat(
     )
     template = options.chat_template(params)
     history = _history(params, environment)
+    first_message = prompt.text if prompt else ""
     with loaded_model(path, params, template, view) as (client, info):
+        if open_screen is not None:
+            is_ascii = "utf" not in sys.stdout.encoding.lower()
+            conversation = Conversation(settings)
+            open_screen(ChatRequest(client, info, conversation, history, first_message, is_ascii))
+            return
         view.banner(version(), info)
         reader = _reader(params, environment, history)
         chat = Chat(client, info, Conversation(settings), view, reader)
-        chat.run(prompt.text if prompt else "", params["single_turn"])
+        chat.run(first_message, params["single_turn"])
 
 
 def _reader(params: Params, environment: Environment, history: "LineHistory") -> "Reader":

@@ -8,7 +8,7 @@ from quant.dequantize import dequantize
 from quant.errors import BackendError
 from quant.ggml_types import GGML_TYPES, GGML_TYPES_BY_NAME, GGMLType
 from quant.gguf_file import GGUFFile
-from tests.conftest import FILE_TYPES
+from tests.llama_cpp_oracle import FILE_TYPES
 
 # What the gguf package converts as well.
 KNOWN_TO_GGUF = {

@@ -39,6 +39,7 @@ RESULTS: dict[str, tuple[object, ...]] = {
     "backend_tensor_get": (RAISES,),
     "backend_tensor_memset": (RAISES,),
     "backend_tensor_set_async": (RAISES,),
+    "backend_tensor_get_async": (RAISES,),
     "backend_synchronize": (RAISES,),
     "backend_event_record": (RAISES,),
     "backend_event_synchronize": (RAISES,),

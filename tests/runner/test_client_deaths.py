@@ -249,7 +249,7 @@ worker_process.WorkerProcess._connect = lambda self: threading.Event().wait()
         ("", ""),
         (NEVER_CONNECT, ""),
         ("", "next(client.generate(GenerateRequest(prompt='read'))); print('ready', flush=True)"),
-        ("", "client._worker.send(b'x'); print('ready', flush=True)"),
+        ("", "client._line.worker.send(b'x'); print('ready', flush=True)"),
     ],
     ids=["at any time", "before it connected", "while it answers", "after garbage"],
 )

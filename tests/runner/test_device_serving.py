@@ -18,6 +18,7 @@ from runner.experts.expert_store import ExpertStore
 from runner.experts.uploads import Piece
 from runner.stats import StatsSnapshot
 from runner.tokenizer import Tokenizer
+from tests.llama_cpp_oracle import mean_kl
 from tests.random_model import RandomModel, write_random_model
 from tests.runner.buddy_books import (
     assert_counted,
@@ -26,7 +27,7 @@ from tests.runner.buddy_books import (
     watched,
 )
 from tests.runner.experts.test_exact import after, assert_slots_have_the_files_bytes
-from tests.runner.test_device_engine import mean_kl, opened
+from tests.runner.test_device_engine import opened
 
 pytestmark = pytest.mark.gpu
 

@@ -14,8 +14,7 @@ from runner.engine import Engine
 from runner.errors import BackendError, CancelledError, ContextFullError, OptionError
 from runner.graph_cache import GraphCache
 from runner.layer_trace import LayerTrace
-from tests.conftest import FILE_TYPES
-from tests.llama_cpp_oracle import LlamaCpp, mean_kl
+from tests.llama_cpp_oracle import FILE_TYPES, LlamaCpp, mean_kl
 from tests.numpy_oracle import numpy_logits
 from tests.random_model import RandomModel, write_metadata, write_random_model, write_vocabulary
 

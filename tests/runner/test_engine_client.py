@@ -392,3 +392,31 @@ def test_a_change_is_answered_when_the_worker_dies(loaded):
         loaded.change(is_exact=True)
     with pytest.raises(WorkerDiedError):
         loaded.frame()
+
+
+def test_frames_that_are_asked_for_while_the_worker_is_replaced_are_answered_or_refused(loaded):
+    stopped = threading.Event()
+    failures = []
+
+    def watch():
+        while not stopped.is_set():
+            try:
+                loaded.frame()
+            except WorkerDiedError:
+                continue
+            except Exception as error:
+                failures.append(error)
+
+    threads = [threading.Thread(target=watch, daemon=True) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for _ in range(3):
+        pid = loaded.pid
+        loaded.restart()
+        assert loaded.pid != pid
+        assert loaded.frame().phase == "ready"
+    stopped.set()
+    for thread in threads:
+        thread.join(20)
+    assert failures == []
+    assert not any(thread.is_alive() for thread in threads)  # nobody waits for an old worker

@@ -20,6 +20,8 @@ from tests.paths import DEMO
         ({"moe_miss": "drop"}, "--moe-miss drop: expected one of auto, load, host"),
         ({"moe_cache_bytes": -2}, "--moe-cache -2: expected 0 to"),
         ({"moe_cache_bytes": 1 << 60}, "--moe-cache 1152921504606846976: expected 0 to"),
+        ({"fit_margin_bytes": -1}, "--fit-margin -1: expected 0 to"),
+        ({"fit_margin_bytes": 1 << 60}, "--fit-margin 1152921504606846976: expected 0 to"),
         ({"moe_cache_slots": -1}, "--moe-cache-slots -1: expected 0 to"),
         ({"verify_every": -1}, "--verify-every -1: expected 0 to"),
     ],

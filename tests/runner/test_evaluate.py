@@ -340,6 +340,7 @@ class ScriptedEngine:
 
     log: list[Any]
     n_open = 0
+    warnings = ("There is no GPU.",)
     n_vocab = 16
 
     def __init__(
@@ -464,7 +465,12 @@ def test_progress_tells_both_runs_and_every_window_of_the_second(
         (True, 1, 4), (True, 2, 4), (True, 3, 4), (True, 4, 4),
         (False, 1, 4), (False, 2, 4), (False, 3, 4), "window 1: 3", (False, 4, 4), "window 2: 4",
     ]  # fmt: skip
-    last = next(e for e in reversed(events) if isinstance(e, RunProgress))
+    progress = [event for event in events if isinstance(event, RunProgress)]
+    assert [event.warnings for event in progress if event.n_done == 1] == [
+        ("There is no GPU.",), ("There is no GPU.",),
+    ]  # fmt: skip
+    assert not any(event.warnings for event in progress if event.n_done > 1)
+    last = progress[-1]
     assert last.kl_mean > 0 and last.ppl > 1
 
 

@@ -358,6 +358,14 @@ def test_the_line_on_stderr_says_which_run_and_how_long_still() -> None:
     ]
 
 
+def test_a_warning_of_the_engine_is_told_once(capsys: pytest.CaptureFixture[str]) -> None:
+    progress = FrontierProgress([ROUTER], StatusLine(StringIO(), is_shown=False))
+    progress.show(RunProgress(True, 1, 100, 2.5, warnings=("There is no GPU.",)))
+    progress.end_run()
+    progress.show(RunProgress(False, 1, 100, 2.5, 0.1, ("There is no GPU.",)))
+    assert capsys.readouterr().err == "buddyrun: There is no GPU.\n"
+
+
 # all of it, with the demo model
 
 

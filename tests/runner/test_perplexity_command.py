@@ -213,6 +213,22 @@ def test_verbose_shows_the_windows_on_stderr(text: str) -> None:
     assert done.stderr.decode().splitlines() == [WINDOWS_HEADER, window_line(1, DIVERGENCE)]
 
 
+def test_a_warning_of_the_engine_is_told_once_and_at_once(text: str) -> None:
+    class Warned(ScriptedClient):
+        def perplexity(
+            self, wanted: PerplexityFields, on_progress: object = None
+        ) -> Iterator[RunProgress | WindowDone | Evaluation]:
+            for event in super().perplexity(wanted, on_progress):
+                if isinstance(event, RunProgress):
+                    event = replace(event, warnings=("No \x1b[1mGPU.",))
+                yield event
+
+    with mock.patch.object(command_line, "ScriptedClient", Warned):
+        done = buddyrun("perplexity", str(DEMO), "-f", text, "--verbose")
+    assert done.stderr.decode().splitlines()[:2] == ["buddyrun: No ␛[1mGPU.", WINDOWS_HEADER]
+    assert done.stderr.decode().count("GPU") == 1
+
+
 @pytest.mark.parametrize(
     ("arguments", "status", "message"),
     [

@@ -242,7 +242,10 @@ class TableProgram:
         expert = self.n_done.total() % self.n_expert  # each in turn: asking for all takes too long
         assert table.is_filling(layer, expert) == (expert in model.filling.values())
         assert isclose(table.recent_uses(layer, expert), model.count(expert), rel_tol=1e-9)
-        assert table.next_victim(layer) in model.next_victims(), "another would leave"
+        fewest = min((model.count(expert) for expert in homes.values()), default=0.0)
+        assert table.least_recent_uses(layer) <= fewest * (1 + 1e-9), "a resident has fewer uses"
+        if self.n_done.total() % 3 == 0:  # what is known of the fewest uses is kept until then
+            assert table.next_victim(layer) in model.next_victims(), "another would leave"
 
     def _check_pins(self, layer: int) -> None:
         table, model = self.table, self.layers[layer]

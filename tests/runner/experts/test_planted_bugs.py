@@ -58,8 +58,9 @@ class HoldsAllButOne(SlotTable):
 
 
 class TakesSlotsBeingRead(SlotTable):
-    def _takeable(self, layer: int) -> np.ndarray:
-        return super()._takeable(layer) | (self._filling[layer] != EMPTY)
+    def _takeable(self, layer: int) -> list[int]:
+        being_read = np.flatnonzero(self._filling[layer] != EMPTY).tolist()
+        return sorted({*super()._takeable(layer), *being_read})
 
 
 class CommitsFailedReads(SlotTable):

@@ -47,6 +47,17 @@ def test_an_upload_pays_when_its_uses_save_more_than_it_takes() -> None:
     assert choose(table, [2], read=5.25) is None
 
 
+def test_who_would_leave_is_asked_only_where_an_upload_can_pay(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    table, asked = table_of([9, 2, 7, 0], residents=[0, 1]), []
+    find = table.next_victim
+    monkeypatch.setattr(table, "next_victim", lambda layer: asked.append(layer) or find(layer))
+    assert choose(table, [2], read=5.0) is None and not asked, "2 uses less, whoever leaves"
+    table.pin(0, [1])
+    assert choose(table, [2], read=4.75) is None and asked == [0], "but expert 1 cannot leave"
+
+
 def test_what_a_use_saves_is_the_host_s_time_without_the_device_s() -> None:
     table = table_of([9, 2, 7, 0], residents=[0, 1])
     assert choose(table, [2], read=2.0, host=1.0, slot=0.5) == 2, "5 uses save 2.5 s"

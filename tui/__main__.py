@@ -1,0 +1,7 @@
+"""`python -m tui` is `buddyrun`."""
+
+import sys
+
+from tui.start import main
+
+sys.exit(main())

@@ -1,0 +1,1 @@
+"""The monitor's widgets. They receive values through reactives and report through messages."""
