@@ -387,17 +387,18 @@ class _CdnHandler(_Handler):
 def _queued_bytes(port: int) -> int:
     """What is under way from a port on loopback: sent and not received, or received and not read.
 
-    From /proc/net/tcp, whose columns are addresses as HEX:PORT, a state, and tx_queue:rx_queue.
+    At least: bytes that were received and not yet acknowledged are in both queues. From
+    /proc/net/tcp, whose columns are addresses as HEX:PORT, a state, and tx_queue:rx_queue.
     """
-    n_bytes = 0
+    n_leaving = n_unread = 0
     for line in Path("/proc/net/tcp").read_text().splitlines()[1:]:
         _, local, remote, _, queues, *_ = line.split()
         tx, rx = (int(queue, 16) for queue in queues.split(":"))
         if int(local.rpartition(":")[2], 16) == port and int(remote.rpartition(":")[2], 16):
-            n_bytes += tx
+            n_leaving += tx
         if int(remote.rpartition(":")[2], 16) == port:
-            n_bytes += rx
-    return n_bytes
+            n_unread += rx
+    return max(n_leaving, n_unread)
 
 
 def _flipped(body: memoryview, at: int) -> memoryview:
