@@ -124,6 +124,14 @@ class LocalHub:
         with self._lock:
             self.n_sent += n_bytes
 
+    def n_arrived(self) -> int:
+        """Bytes of files that clients have read; the others are in the system's queues."""
+        while True:
+            n_sent = self.n_sent
+            n_queued = _queued_bytes(self._cdn.server_port)
+            if n_sent == self.n_sent:
+                return n_sent - n_queued
+
     def to(self, server: str, method: str = "GET") -> list[Request]:
         """The requests that one server got."""
         return [r for r in self.requests if (r.server, r.method) == (server, method)]
@@ -357,8 +365,8 @@ class _CdnHandler(_Handler):
             part = body[at : at + _CHUNK]
             if self.hub.bytes_per_s:
                 time.sleep(len(part) / self.hub.bytes_per_s)
-            self.wfile.write(part)
             self.hub.count(len(part))
+            self.wfile.write(part)
 
     def data(self) -> bytes | None:
         wanted = urlsplit(self.path).path.rpartition("/")[2]
@@ -374,6 +382,23 @@ class _CdnHandler(_Handler):
             return 0, n_bytes - 1
         last = int(found[2]) if found[2] else n_bytes - 1
         return int(found[1]), min(last, n_bytes - 1)
+
+
+def _queued_bytes(port: int) -> int:
+    """What is under way from a port on loopback: sent and not received, or received and not read.
+
+    At least: bytes that were received and not yet acknowledged are in both queues. From
+    /proc/net/tcp, whose columns are addresses as HEX:PORT, a state, and tx_queue:rx_queue.
+    """
+    n_leaving = n_unread = 0
+    for line in Path("/proc/net/tcp").read_text().splitlines()[1:]:
+        _, local, remote, _, queues, *_ = line.split()
+        tx, rx = (int(queue, 16) for queue in queues.split(":"))
+        if int(local.rpartition(":")[2], 16) == port and int(remote.rpartition(":")[2], 16):
+            n_leaving += tx
+        if int(remote.rpartition(":")[2], 16) == port:
+            n_unread += rx
+    return max(n_leaving, n_unread)
 
 
 def _flipped(body: memoryview, at: int) -> memoryview:
