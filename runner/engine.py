@@ -194,7 +194,8 @@ class Engine:
         return choose_policy(config, self.file, self.model_config, self.cache_plan.n_slots)
 
     def use_standins(self, chosen: ChosenPolicy) -> None:
-        """From the next token on this policy, with a budget of which nothing is spent yet."""
+        """From the next token on this policy, with a budget of which nothing is spent yet. Where
+        nobody stands in any more, the next prompt computes anew what stand-ins had computed."""
         self.buddies = chosen
         self._budget = chosen.policy.budget if chosen.policy is not None else None
         self._stats.set_buddies(chosen.name, chosen.budget)
@@ -303,7 +304,7 @@ class Engine:
         on_prompt(done, total, n_cached) after every batch. Raises CancelledError; what was
         computed until then stays in the cache.
         """
-        n_cached = self._context.reuse(tokens)
+        n_cached = self._context.reuse(tokens, is_exact=self._budget is None)
         logits = np.empty(0, np.float32)
         on_prompt(n_cached, len(tokens), n_cached)
         self._host.set_n_threads(self._limits.n_threads_batch)
@@ -383,7 +384,8 @@ class Engine:
         except BaseException:
             self._context.truncate(position)  # what was not finished was not read
             raise
-        self._context.append(tokens)
+        is_exact = not any(plan.n_substituted or plan.n_dropped for plan in plans)
+        self._context.append(tokens, is_exact)
         total_ns = time.perf_counter_ns() - start_ns
         passes_after_ns, wait_after_ns = self._passes_and_wait_ns()
         compute_ns += passes_after_ns - passes_ns

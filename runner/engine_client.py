@@ -3,6 +3,7 @@
 import itertools
 import threading
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from queue import Empty, SimpleQueue
@@ -10,13 +11,15 @@ from types import TracebackType
 from typing import Any, Self
 
 from runner import errors, protocol
-from runner.config import BUDDY_OFF, MOE_CACHE_AUTO, EngineConfig, GenerateRequest
+from runner.config import MOE_CACHE_AUTO, EngineConfig, GenerateRequest
 from runner.doctor_report import DoctorReport
 from runner.errors import (
     BuddyrunError,
     CancelledError,
     InternalError,
+    OptionError,
     OutOfMemoryError,
+    ProfileError,
     WorkerDiedError,
 )
 from runner.frames import Frame, RunSettings
@@ -88,6 +91,8 @@ class Client:
     def __init__(self) -> None:
         self._ids = itertools.count(1)
         self._loaded: LoadFields | None = None
+        self._changed = ChangeFields()  # since then, by the owner
+        self._change_lock = threading.Lock()
         self._info: ModelInfo | None = None  # of the last load
         self._lacked_device_memory = False  # when something went wrong last
         self._job: int | None = None  # the id of the running one
@@ -132,6 +137,7 @@ class Client:
         `cancel`."""
         model = str(Path(path).absolute())
         self._loaded = LoadFields(model, config or EngineConfig(), chat_template)
+        self._changed = ChangeFields()
         return self._load(on_progress)
 
     def restart(self, on_progress: OnProgress | None = None) -> ModelInfo:
@@ -144,6 +150,7 @@ class Client:
         warning = self._ask_for_fewer_slots() if self._lacked_device_memory else ""
         self._lacked_device_memory = False
         info = self._load(on_progress)
+        self._change_again()
         return replace(info, warnings=(*info.warnings, warning)) if warning else info
 
     def _ask_for_fewer_slots(self) -> str:
@@ -252,7 +259,8 @@ class Client:
             reply = self._next_reply(asked)
         finally:
             asked.forget()
-        return replace(protocol.parse(Frame, reply["frame"]), model=self._info)
+        frame = protocol.parse(Frame, reply["frame"])
+        return replace(frame, model=self._info if frame.stats is not None else None)
 
     def change(
         self,
@@ -269,20 +277,21 @@ class Client:
             reply = self._next_reply(asked)
         finally:
             asked.forget()
-        settings = protocol.parse(RunSettings, reply["settings"])
-        self._keep(settings)
-        return settings
+        given = {name: value for name, value in vars(wanted).items() if value is not None}
+        with self._change_lock:
+            self._changed = replace(self._changed, **given)
+        return protocol.parse(RunSettings, reply["settings"])
 
-    def _keep(self, settings: RunSettings) -> None:
-        """What was changed holds after a restart too."""
-        if self._loaded is None:
-            return
-        engine = self._loaded.engine
-        if settings.buddy:
-            engine = replace(engine, buddy=settings.buddy, buddy_budget=settings.buddy_budget)
-        if settings.is_exact:
-            engine = replace(engine, buddy=BUDDY_OFF)
-        self._loaded = replace(self._loaded, engine=engine)
+    def _change_again(self) -> None:
+        """What was changed holds after a restart too, but for a pause: exact first, whatever
+        becomes of the rest. Where every expert is in memory by now nothing can be changed."""
+        changed = self._changed
+        if changed.is_exact is not None:
+            with suppress(OptionError):
+                self.change(is_exact=changed.is_exact)
+        if (changed.buddy, changed.buddy_budget) != (None, None):
+            with suppress(OptionError, ProfileError):
+                self.change(buddy=changed.buddy, buddy_budget=changed.buddy_budget)
 
     def cancel(self) -> None:
         """Ask the worker to end the running job; no-op when none runs."""
@@ -357,8 +366,10 @@ class Client:
                 reply = self._next_reply(asked)
                 is_over = reply["type"] in LAST_REPLIES
                 yield reply
-        except (BuddyrunError, CancelledError):
+        except (BuddyrunError, CancelledError) as error:
             is_over = True
+            if not isinstance(error, WorkerDiedError):  # of which its death told
+                self._lacked_device_memory = isinstance(error, OutOfMemoryError)
             raise
         finally:
             if is_over:
@@ -401,7 +412,6 @@ class Client:
             if reply is None:
                 raise self._death(asked.line)
             if reply["type"] == "error":
-                self._lacked_device_memory = reply["kind"] == OutOfMemoryError.__name__
                 raise _as_error(reply)
             return reply
 

@@ -15,6 +15,7 @@ from runner.stats import StatsSnapshot
 
 PHASES = (
     "starting",  # no model yet
+    "empty",  # no model any more
     "loading",
     "ready",  # waits for something to do
     "prompt",

@@ -52,6 +52,7 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, is_dataclass
 from functools import cache
+from itertools import chain
 from multiprocessing.connection import Connection
 from typing import Any, TypeVar, get_args, get_origin, get_type_hints
 
@@ -355,9 +356,19 @@ def _parse_tuple(name: str, items: tuple[Any, ...], value: list[Any]) -> tuple[A
         raise OptionError(f"{name} must have {len(items)} values, not {len(value)}")
     if set(others) <= {first, ...} and set(map(type, value)) <= {first}:
         return tuple(value)  # a snapshot has thousands of numbers
+    if others == [...] and get_origin(first) is tuple and _are_rows(get_args(first), value):
+        return tuple(map(tuple, value))
     if others == [...]:
         return tuple(_parse_value(name, first, item) for item in value)
     return tuple(_parse_value(name, kind, item) for kind, item in zip(items, value, strict=True))
+
+
+def _are_rows(items: tuple[Any, ...], value: list[Any]) -> bool:
+    """Whether value has nothing but lists of integers, as (int, ...) or (int, int) wants them."""
+    if set(items) - {...} != {int} or not set(map(type, value)) <= {list}:
+        return False
+    has_length = items[-1] is ... or set(map(len, value)) <= {len(items)}
+    return has_length and set(map(type, chain.from_iterable(value))) <= {int}
 
 
 def _fits(expected: Any, value: Any) -> bool:

@@ -3,6 +3,7 @@
 import os
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
 from typing import IO, Self
@@ -25,6 +26,7 @@ class Recorder:
         except OSError as error:
             raise OptionError(f"cannot record to {path}: {error.strerror}") from error
         self._writer = FrameWriter()
+        self._last: Frame | None = None
         self.path = Path(path)
 
     def __enter__(self) -> Self:
@@ -39,7 +41,12 @@ class Recorder:
         self.close()
 
     def write(self, frame: Frame) -> None:
-        """Append a frame. Raises OptionError when the disk refuses."""
+        """Append a frame, unless nothing has happened since the one before. Raises OptionError
+        when the disk refuses."""
+        timeless = _without_clocks(frame)
+        if timeless == self._last:
+            return
+        self._last = timeless
         try:
             for line in self._writer.lines(frame):
                 self._file.write(line + "\n")
@@ -50,6 +57,12 @@ class Recorder:
     def close(self) -> None:
         """End the file. Can be called twice."""
         self._file.close()
+
+
+def _without_clocks(frame: Frame) -> Frame:
+    """What changes by itself is left out."""
+    stats = replace(frame.stats, uptime_s=0.0) if frame.stats is not None else None
+    return replace(frame, time_s=0.0, memory_bytes=0, stats=stats)
 
 
 class Replay:

@@ -39,7 +39,7 @@ class RunBoard:
 
     def rest(self) -> None:
         """A job is over."""
-        self._note = _Note("ready" if self.has_model else "starting", model=self._note.model)
+        self._note = _Note("ready" if self.has_model else "empty", model=self._note.model)
 
     def keep_model(self, info: ModelInfo) -> None:
         """A model was loaded."""

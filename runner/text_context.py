@@ -19,6 +19,7 @@ class TextContext:
         """n_ctx: tokens that fit. can_shift: the oldest half may go when it is full, but for the
         first token and n_keep more."""
         self.tokens: list[int] = []
+        self._first_inexact: int | None = None  # the first token that stand-ins computed, if any
         self._parts = parts
         self._n_ctx = n_ctx
         self._can_shift = can_shift
@@ -44,8 +45,13 @@ class TextContext:
             "for the answer: a larger -c makes more room"
         )
 
-    def reuse(self, tokens: Sequence[int]) -> int:
-        """Keep the common beginning, at least one token less than all; returns its length."""
+    def reuse(self, tokens: Sequence[int], is_exact: bool = False) -> int:
+        """Keep the common beginning, at least one token less than all; returns its length.
+
+        is_exact: nothing is kept from the first token on that stand-ins computed.
+        """
+        if is_exact and self._first_inexact is not None:
+            self.truncate(self._first_inexact)
         n = 0
         for mine, wanted in zip(self.tokens, tokens[:-1], strict=False):
             if mine != wanted:
@@ -60,14 +66,18 @@ class TextContext:
         self._parts.kv.clear_visible()
         return cells
 
-    def append(self, tokens: Sequence[int]) -> None:
-        """These tokens are computed, in the cells that were taken."""
+    def append(self, tokens: Sequence[int], is_exact: bool = True) -> None:
+        """These tokens are computed, in the cells that were taken; is_exact: without stand-ins."""
+        if not is_exact and self._first_inexact is None:
+            self._first_inexact = len(self.tokens)
         self.tokens += tokens
 
     def truncate(self, n_past: int) -> None:
         """Forget every token from n_past on."""
         self._parts.kv.truncate(n_past)
         del self.tokens[n_past:]
+        if self._first_inexact is not None and n_past <= self._first_inexact:
+            self._first_inexact = None
 
     def make_room(self) -> bool:
         """Drop the oldest half if the user allows it."""
@@ -81,4 +91,6 @@ class TextContext:
             self.truncate(0)  # keys and positions no longer agree
             raise
         del self.tokens[self._n_keep : self._n_keep + n_discard]
+        if self._first_inexact is not None:
+            self._first_inexact = min(self._first_inexact, self._n_keep)
         return True

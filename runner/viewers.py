@@ -8,6 +8,7 @@ import contextlib
 import select
 import socket
 import time
+import traceback
 from collections.abc import Callable
 from functools import partial
 
@@ -15,6 +16,7 @@ from runner.frames import Frame, frame_line, model_line
 
 FRAMES_PER_S = 5.0
 MAX_COST = 0.008  # of a core's time
+_NO_ROOM_S = 0.1
 _PATIENCE_S = 10.0  # a viewer that takes nothing for so long is left
 
 
@@ -65,11 +67,22 @@ class Viewers:
         self._viewers: list[Viewer] = []
         self._due_s = 0.0  # when the next frame is
         self._told: tuple[object, bytes] = (self, b"")  # the latest model and its line
+        self._line = b""  # of the latest frame
 
     def run(self) -> None:
         """Serve until the process ends."""
-        while True:
-            self.serve(self._due_s - time.monotonic() if self._viewers else None)
+        try:
+            while True:
+                self.serve(self._due_s - time.monotonic() if self._viewers else None)
+        except Exception:  # the edge of a thread: the run goes on, and who watches is told
+            traceback.print_exc()
+            self.close()
+
+    def close(self) -> None:
+        """Serve nobody any more."""
+        self._listener.close()
+        for viewer in self._viewers:
+            viewer.connection.close()
 
     def serve(self, timeout_s: float | None) -> None:
         """Wait at most so long for somebody; then send the frame that is due."""
@@ -88,16 +101,25 @@ class Viewers:
             self._send_frame()
 
     def _accept(self) -> None:
-        with contextlib.suppress(OSError):  # it left before
+        try:
             connection, _ = self._listener.accept()
-            self._viewers.append(Viewer(connection))
+        except BlockingIOError:  # it left before
+            return
+        except OSError:  # too many open files; who waits is still there a moment later
+            time.sleep(_NO_ROOM_S)
+            return
+        viewer = Viewer(connection)
+        self._viewers.append(viewer)
+        if time.monotonic() < self._due_s:  # else it gets a new one
+            viewer.model = self._told[0]
+            self._try(viewer, partial(viewer.give, self._told[1] + self._line))
 
     def _send_frame(self) -> None:
         began_s, spent_s = time.monotonic(), time.thread_time()
         frame = self._frame()
         if frame.model is not self._told[0]:
             self._told = frame.model, model_line(frame).encode() + b"\n"
-        line = frame_line(frame).encode() + b"\n"
+        self._line = line = frame_line(frame).encode() + b"\n"
         for viewer in list(self._viewers):
             if viewer.is_behind:  # it gets a later one
                 self._try(viewer, viewer.push)

@@ -176,7 +176,8 @@ class Desk:
         assert self._session is not None
         self._make_changes()
         while (settings := self._session.settings) and settings.is_paused:
-            if job.cancelled.is_set():
+            if job.cancelled.is_set():  # the next answer is not meant
+                self._session.change(ChangeFields(is_paused=False))
                 return
             self._board.note("paused")
             self._make_change(self._changes.get())

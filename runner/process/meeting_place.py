@@ -21,7 +21,8 @@ _SUFFIX = ".sock"
 def directory(environment: Mapping[str, str]) -> Path:
     """The user's own run directory, else one in the temporary folder; not made."""
     runtime = environment.get("XDG_RUNTIME_DIR", "")
-    if Path(runtime).is_absolute() and len(os.fsencode(runtime)) < MAX_PATH_BYTES - 30:
+    is_short = len(os.fsencode(runtime)) < MAX_PATH_BYTES - 30
+    if Path(runtime).is_absolute() and is_short and Path(runtime).is_dir():
         return Path(runtime) / "buddyrun"
     return Path("/tmp") / f"buddyrun-{os.getuid()}"
 

@@ -43,7 +43,7 @@ def doing(frame: Frame) -> str:
         return f"{frame.phase} ({visible_line(frame.stage)}{far})"
     if frame.phase == "prompt":
         return f"reading the prompt ({frame.done} of {frame.total} tokens)"
-    return frame.phase
+    return "no model" if frame.phase == "empty" else frame.phase
 
 
 def ps_row(frame: Frame) -> tuple[str, ...]:

@@ -15,6 +15,9 @@ def _top(**params: Any) -> None:
         raise click.UsageError("--follow: only with --json.")
     if params["once"] and params["as_json"]:
         raise click.UsageError("Give either --once or --json, not both.")
+    prints_once = params["once"] or (params["as_json"] and not params["follow"])
+    if params["record"] is not None and prints_once:
+        raise click.UsageError("--record: with the screen, or with --json --follow.")
     if params["replay"] is not None and params["pid"] is not None:
         raise click.UsageError("Give either PID or --replay, not both.")
     watch_engine(params, click.get_current_context().obj)

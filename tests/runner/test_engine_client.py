@@ -6,6 +6,7 @@ import stat
 import sys
 import tempfile
 import threading
+from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 
@@ -346,12 +347,21 @@ def test_a_paused_answer_waits_and_goes_on(loaded):
     answer.close()
 
 
-def test_a_paused_answer_can_be_stopped(loaded):
+def test_a_paused_answer_can_be_stopped_and_the_next_one_is_not_paused(loaded):
     answer = loaded.generate(GenerateRequest(prompt="forever"))
     next(answer)
     loaded.change(is_paused=True)
     loaded.cancel()
     assert list(answer)[-1].stop_reason == "cancelled"
+    assert not loaded.frame().settings.is_paused
+    assert answer_stop(loaded, "count 3") == "length"
+
+
+def test_a_load_that_failed_leaves_no_model_to_show(loaded, tmp_path):
+    with pytest.raises(ModelError):
+        loaded.load(tmp_path / "missing.gguf", CONFIG)
+    now = loaded.frame()
+    assert (now.phase, now.model, now.stats) == ("empty", None, None)
 
 
 def test_changes_and_frames_from_many_threads_are_all_answered(loaded):
@@ -377,11 +387,29 @@ def test_changes_and_frames_from_many_threads_are_all_answered(loaded):
 
 
 def test_what_was_changed_holds_after_a_restart(loaded):
-    loaded.change(is_exact=True, buddy="blend", buddy_budget=0.25)
-    engine = loaded._loaded.engine
-    assert (engine.buddy, engine.buddy_budget) == ("off", 0.25)
+    loaded.change(is_exact=True, is_paused=True)
+    loaded.change(buddy="blend")
+    loaded.restart()
+    now = loaded.frame().settings
+    assert (now.is_exact, now.buddy, now.buddy_budget) == (True, "blend", 0.05)
+    assert not now.is_paused, "a pause ends with its engine"
     loaded.change(is_exact=False)
-    assert loaded._loaded.engine.buddy == "blend"
+    loaded.restart()
+    assert not loaded.frame().settings.is_exact
+
+
+def test_exact_holds_after_a_restart_even_where_the_policy_cannot_be_had_any_more(loaded):
+    loaded.change(is_exact=True, buddy="blend")
+    loaded._changed = replace(loaded._changed, buddy="nobody")
+    loaded.restart()
+    assert loaded.frame().settings.is_exact
+
+
+def test_another_model_starts_as_it_was_asked_for(loaded, model):
+    loaded.change(is_exact=True)
+    loaded.load(model, CONFIG)
+    loaded.restart()
+    assert not loaded.frame().settings.is_exact
 
 
 def test_a_change_is_answered_when_the_worker_dies(loaded):

@@ -1,24 +1,40 @@
 """Recordings: kept line by line, played at their own pace, refused when they are none."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from runner.errors import OptionError
+from runner.frames import Frame
 from runner.recording import Recorder, Replay
 from tests.runner.test_frames import frame
 
 
+def moment(number: int, time_s: float) -> Frame:
+    return frame(time_s=time_s, done=number)
+
+
 def record(path: Path, *times_s: float) -> None:
     with Recorder(path) as recorder:
-        for time_s in times_s:
-            recorder.write(frame(time_s=time_s))
+        for number, time_s in enumerate(times_s):
+            recorder.write(moment(number, time_s))
+
+
+def test_a_moment_in_which_nothing_happened_takes_no_room(tmp_path: Path) -> None:
+    with Recorder(tmp_path / "r") as recorder:
+        for time_s in range(100):
+            idle = frame(time_s=float(time_s), memory_bytes=time_s)
+            assert idle.stats is not None
+            recorder.write(replace(idle, stats=replace(idle.stats, uptime_s=time_s)))
+        recorder.write(frame(time_s=100.0, phase="paused"))
+    assert [each.time_s for each in Replay(tmp_path / "r").all()] == [0.0, 100.0]
 
 
 def test_a_recording_plays_what_was_recorded(tmp_path: Path) -> None:
     path = tmp_path / "a b ä.jsonl"
     record(path, 1.0, 1.5, 2.0)
-    assert list(Replay(path).all()) == [frame(time_s=t) for t in (1.0, 1.5, 2.0)]
+    assert list(Replay(path).all()) == [moment(n, t) for n, t in enumerate((1.0, 1.5, 2.0))]
 
 
 def test_frames_come_at_the_pace_of_the_recording_but_nobody_waits_long(tmp_path: Path) -> None:

@@ -59,6 +59,23 @@ def test_a_run_made_exact_computes_what_an_exact_run_computes(engine: Engine) ->
         exact.close()
 
 
+def test_an_answer_after_the_change_uses_nothing_that_stand_ins_computed(engine: Engine) -> None:
+    control = RunControl(engine)
+    engine.prefill(TOKENS)
+    decode(engine)
+    control.change(ChangeFields(is_exact=True))
+    prompt = [*TOKENS, *range(400, 420), 500, 501]
+    after = engine.prefill(prompt).copy()
+    exact = Engine(DEMO, EngineConfig(n_ctx=256, n_threads=1))
+    try:
+        assert np.array_equal(after, exact.prefill(prompt))
+    finally:
+        exact.close()
+    n_cached: list[int] = []
+    engine.prefill([*prompt, 502], on_prompt=lambda done, total, cached: n_cached.append(cached))
+    assert n_cached[0] == len(prompt), "what is exact is kept"
+
+
 def test_policy_and_budget_are_changed_between_tokens(engine: Engine) -> None:
     control = RunControl(engine)
     engine.prefill(TOKENS)

@@ -139,6 +139,32 @@ def test_a_viewer_that_takes_nothing_for_long_is_left(
         assert not stage.viewers._viewers
 
 
+def test_who_comes_between_two_frames_gets_the_last_one_at_once(stage: Stage) -> None:
+    with stage.call() as first:
+        assert len(frames(first)) == 1
+        stage.viewers._due_s = time.monotonic() + 60.0
+        with stage.call() as second:
+            assert frames(second) == [frame(time_s=1.0)]
+            assert stage.n_made == 1
+
+
+def test_an_error_ends_the_watching_and_not_the_run(
+    stage: Stage, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with stage.call() as caller:
+        frames(caller)
+
+        def fail() -> Frame:
+            raise KeyError("blk.0")
+
+        stage.viewers._frame = fail
+        stage.viewers._due_s = 0.0
+        stage.viewers.run()
+        caller.setblocking(True)
+        assert caller.recv(1) == b"", "who watches sees the end"
+    assert "KeyError" in capsys.readouterr().err
+
+
 def test_what_a_viewer_says_changes_nothing(stage: Stage) -> None:
     with stage.call() as caller:
         frames(caller, reader := FrameReader())

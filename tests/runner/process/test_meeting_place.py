@@ -94,10 +94,8 @@ def test_a_link_to_a_directory_is_not_used(place: Path, tmp_path: Path) -> None:
         meeting_place.open_socket(place, 1)
 
 
-def test_the_user_s_run_directory_is_used_where_a_socket_s_path_fits() -> None:
-    assert meeting_place.directory({"XDG_RUNTIME_DIR": "/run/user/7"}) == Path(
-        "/run/user/7/buddyrun"
-    )
+def test_the_user_s_run_directory_is_used_where_it_is_and_a_socket_s_path_fits() -> None:
+    assert meeting_place.directory({"XDG_RUNTIME_DIR": "/usr"}) == Path("/usr/buddyrun")
     temporary = Path(f"/tmp/buddyrun-{os.getuid()}")
-    for useless in ("", "relative", "/" + "x" * 90):
+    for useless in ("", "relative", "/run/user/of nobody", "/" + "./" * 45):
         assert meeting_place.directory({"XDG_RUNTIME_DIR": useless}) == temporary

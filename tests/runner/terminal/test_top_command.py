@@ -158,6 +158,8 @@ def test_a_recording_is_shown_as_text_and_json(tmp_path: Path) -> None:
         (("--follow",), "only with --json"),
         (("--once", "--json"), "not both"),
         (("7", "--replay", "x"), "not both"),
+        (("--once", "--record", "f"), "--json --follow"),
+        (("--json", "--record", "f"), "--json --follow"),
         (("x",), "is not a valid integer"),
     ],
 )
