@@ -11,6 +11,7 @@ if TYPE_CHECKING:  # the terminal reads counts, and needs no numpy for that
     from runner.miss_policy import RoutingPlan
 
 N_BUDDIES = 3  # of each missing expert, the most frequent: what a snapshot names
+_MANY_EXPERTS = 1024  # of all layers; of so many only the most frequent one is named
 _DROPPED = -1
 
 Grid = tuple[tuple[int, ...], ...]  # (n_layer, n_expert)
@@ -27,13 +28,15 @@ class ExpertCounts:
     loaded: Grid  # reads of it into a slot
     buddies: tuple[tuple[int, int, int, int], ...]
     """(layer, missing expert, its stand-in or -1 for none, pairs): of every missing expert the
-    N_BUDDIES most frequent, in the order of layers, experts and falling counts."""
+    N_BUDDIES most frequent, or the first of a model with very many experts; in the order of layers,
+    experts and falling counts."""
 
 
 class ExpertCounter:
     """Counts; one thread at a time writes and reads."""
 
     def __init__(self, n_layer: int, n_expert: int) -> None:
+        self._n_buddies = N_BUDDIES if n_layer * n_expert <= _MANY_EXPERTS else 1
         self._used = _zeros(n_layer, n_expert)
         self._missed = _zeros(n_layer, n_expert)
         self._substituted = _zeros(n_layer, n_expert)
@@ -82,7 +85,7 @@ class ExpertCounter:
         """What was counted so far."""
         for cell in self._changed:
             self._named[cell] = tuple(
-                (*cell, by, n) for by, n in self._standins[cell].most_common(N_BUDDIES)
+                (*cell, by, n) for by, n in self._standins[cell].most_common(self._n_buddies)
             )
         self._changed.clear()
         return ExpertCounts(

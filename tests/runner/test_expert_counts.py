@@ -59,6 +59,14 @@ def test_only_the_three_most_frequent_stand_ins_are_named_and_stay_up_to_date() 
     assert [row[2:] for row in counter.counts().buddies] == [(1, 6), (4, 4), (3, 3)]
 
 
+def test_of_very_many_experts_only_the_most_frequent_stand_in_is_named() -> None:
+    counter = ExpertCounter(500, 4)
+    asked = routing((2, 3))
+    for experts in ((0, 1), (1, 0), (1, 0)):
+        counter.record_plan(0, plan(given(asked, experts), asked))
+    assert counter.counts().buddies == ((0, 2, 1, 2), (0, 3, 0, 2))
+
+
 def test_a_plan_keeps_what_was_chosen_when_slots_are_written_over_the_router_s_array() -> None:
     counter = ExpertCounter(1, 4)
     asked = routing((0, 2))
