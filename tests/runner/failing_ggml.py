@@ -192,12 +192,16 @@ class FailingSession(Session):
         self._ggml = FailingGgml(load_ggml())
 
     def generate(
-        self, request: GenerateRequest, emit: Emit, cancelled: Cancelled
+        self,
+        request: GenerateRequest,
+        emit: Emit,
+        cancelled: Cancelled,
+        between: Callable[[], None] = lambda: None,
     ) -> GenerateResult:
         """As `Session.generate`."""
         word, _, function = (request.prompt or "").partition(" ")
         if word != "FAIL":
-            return super().generate(request, emit, cancelled)
+            return super().generate(request, emit, cancelled, between)
         fault = Fault(Site(function), RESULTS[function][0], number=5)
         with self._ggml.failing(fault):
-            return super().generate(request, emit, cancelled)
+            return super().generate(request, emit, cancelled, between)

@@ -23,6 +23,7 @@ FAKE = (
     " from fake_session import FakeSession; from runner.worker import main; main(FakeSession)"
 )
 GENERATE = {"type": "generate", "id": 1}
+DEEP = pytest.param(b"[" * 200_000, id="deep")  # an id of its own: it goes into the environment
 
 
 class RawWorker:
@@ -112,7 +113,7 @@ def test_the_socket_lies_in_a_directory_of_this_user_only(silent_worker):
 
 @pytest.mark.parametrize(
     "data",
-    [b"", b"\xff\xfe\x00", b"[]", b"7", b'"text"', b"{}", b'{"type": 3}', b"[" * 200_000, b"{" * 9],
+    [b"", b"\xff\xfe\x00", b"[]", b"7", b'"text"', b"{}", b'{"type": 3}', DEEP, b"{" * 9],
 )
 def test_bytes_that_are_no_message_are_answered_with_an_error(worker, data):
     worker.connection.send_bytes(data)
