@@ -5,12 +5,14 @@ import os
 import random
 import signal
 import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
+from tests.paths import ROOT
 from tests.runner.hub.conftest import SECRET
 from tests.runner.hub.fork_server import Done, ForkServer
 from tests.runner.hub.local_hub import COMMIT, Fault, LocalHub
@@ -369,6 +371,57 @@ def test_a_file_of_the_users_is_not_overwritten(
     done = client.fetch(new_repo(hub), str(tmp_path))
     assert done.returncode == 1 and "move it away" in done.stderr
     assert (tmp_path / "m-Q8_0.gguf").read_text() == "mine"
+
+
+def test_another_file_of_the_same_size_is_not_taken_for_the_hubs(
+    hub: LocalHub, client: ForkServer, tmp_path: Path
+) -> None:
+    other = bytes(SIZE)
+    (tmp_path / "m-Q8_0.gguf").write_bytes(other)
+    repo = new_repo(hub)
+    done = client.fetch(repo, str(tmp_path))
+    assert done.returncode == 1 and "other bytes" in done.stderr and "move it away" in done.stderr
+    assert (tmp_path / "m-Q8_0.gguf").read_bytes() == other
+    (tmp_path / "m-Q8_0.gguf").write_bytes(DATA)
+    assert client.fetch(repo, str(tmp_path)).returncode == 0 and not hub.to("cdn")
+
+
+def test_what_a_killed_run_left_in_the_middle_of_showing_does_no_harm(
+    hub: LocalHub, home: Path, client: ForkServer
+) -> None:
+    repo = new_repo(hub)
+    folder = folder_of(home, repo)
+    folder.mkdir()
+    code = (
+        "import os; from unittest.mock import patch;"
+        "from runner.hub.repository import Hub; from runner.hub.model_name import parse;"
+        "from runner.hub.pull import plan_pull; from runner.hub.download import Download;"
+        "from runner.terminal.download_progress import QuietWatcher; import sys;"
+        f"hub = Hub(); plan = plan_pull(hub, parse('{repo}'));"
+        "real = os.replace;"
+        "die = lambda a, b: os._exit(9) if 'draft' in str(a) else real(a, b);"
+        "d = Download(hub, plan.contents, plan.place, QuietWatcher(sys.stderr));"
+        "patch('os.replace', die).start(); d.fetch(plan.variant.files)"
+    )
+    environment = {**os.environ, **hub.environment(home)}
+    assert subprocess.run([sys.executable, "-c", code], env=environment, cwd=ROOT).returncode == 9
+    (draft,) = folder.glob("**/*.draft")
+    assert draft.parent == folder
+    assert client.fetch(repo).returncode == 0 and check_visible(home, repo)
+    assert not list(folder.glob("**/*.draft"))
+
+
+def test_without_links_a_blob_that_others_link_to_stays(
+    hub: LocalHub, home: Path, client: ForkServer
+) -> None:
+    repo = new_repo(hub)
+    hub.repos[repo].branches["v1"] = "bad" + "0" * 37
+    assert client.fetch(repo).returncode == 0
+    with ForkServer(home, hub.environment(home, HF_HUB_DISABLE_SYMLINKS="1")) as other:
+        assert other.fetch(f"{repo}@v1").returncode == 0
+    assert check_visible(home, repo) and len(hub.to("cdn")) == 1
+    paths = [path for path in visible_files(home, repo) if "snapshots" in path.parts]
+    assert sorted(path.is_symlink() for path in paths) == [False, True]
 
 
 KINDS = ("flip", "short", "reset", "less", "no range", "etag", "size", "other range")
