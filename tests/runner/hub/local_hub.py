@@ -242,7 +242,7 @@ class _HubHandler(_Handler):
         if is_api and found:
             repo = self.repo(found[1], token)
             if repo is not None:
-                self.api(found[1], repo, found[2] or "revision", found[3] or "main")
+                self.api(found[1], repo, found[2] or "revision", found[3] or "main", fault)
             return
         found = re.fullmatch(r"/([^/]+/[^/]+)/resolve/([^/]+)/(.+)", path)
         repo = self.repo(found[1], token) if found else None
@@ -265,7 +265,7 @@ class _HubHandler(_Handler):
             return None
         return repo
 
-    def api(self, name: str, repo: Repo, what: str, revision: str) -> None:
+    def api(self, name: str, repo: Repo, what: str, revision: str, fault: Fault | None) -> None:
         commit = self.commit(repo, revision)
         if commit is None:
             self.refuse(404, "RevisionNotFound", f"Invalid rev id: {revision}")
@@ -278,12 +278,15 @@ class _HubHandler(_Handler):
         elif what == "tree":
             found = [self.entry(repo, path, blob) for path, blob in repo.files.items()]
         else:
+            more: dict[str, Any] = {}
             has_blobs = "blobs" in parse_qs(urlsplit(self.path).query)
             siblings = [
                 self.sibling(repo, path, blob) if has_blobs else {"rfilename": path}
                 for path, blob in repo.files.items()
             ]
-            found = {"id": name, "modelId": name, "sha": commit, "siblings": siblings,
+            if fault is not None and fault.kind == "bad date":
+                more = {"lastModified": "yesterday"}
+            found = {**more, "id": name, "modelId": name, "sha": commit, "siblings": siblings,
                      "gated": "manual" if repo.is_gated else False, "tags": []}  # fmt: skip
         self.send(200, json.dumps(found).encode(), {}, "application/json")
 
@@ -349,7 +352,8 @@ class _CdnHandler(_Handler):
         self.send_response(206 if has_range else 200)
         if has_range:
             shift = 1 if fault.kind == "other range" else 0
-            self.send_header("Content-Range", f"bytes {first + shift}-{last}/{len(data)}")
+            total = "*" if fault.kind == "no total" else len(data)
+            self.send_header("Content-Range", f"bytes {first + shift}-{last}/{total}")
         self.send_header("ETag", '"of-the-cdn"')
         self.send_header("Content-Length", str(n_sent if fault.kind == "less" else len(body)))
         self.end_headers()

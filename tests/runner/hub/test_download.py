@@ -203,6 +203,40 @@ def test_an_answer_with_another_range_is_refused(
     assert not visible_files(home, repo)
 
 
+def test_an_answer_with_a_range_of_an_unknown_total_is_taken(
+    hub: LocalHub, home: Path, client: ForkServer
+) -> None:
+    repo = new_repo(hub)
+    hub.faults.append(Fault("no total"))
+    assert client.fetch(repo).returncode == 0 and check_visible(home, repo)
+    assert len(hub.to("cdn")) == 1
+
+
+BAD_LOCATIONS = ("http://127.0.0.1:99999/x", "http://[bad/x")
+
+
+@pytest.mark.parametrize(
+    "fault",
+    [
+        Fault("bad date", where="api"),
+        *[Fault("elsewhere", where="head", location=bad) for bad in BAD_LOCATIONS],
+        *[
+            Fault("redirect", where=w, location=bad)
+            for w in ("api", "cdn")
+            for bad in BAD_LOCATIONS
+        ],
+        Fault("status", status=503, headers=(("Retry-After", "\u00b2"),)),
+    ],
+)
+def test_what_a_server_cannot_have_meant_is_one_sentence(
+    fault: Fault, hub: LocalHub, client: ForkServer
+) -> None:
+    repo = new_repo(hub)
+    hub.always.append(fault)
+    done = client.fetch(repo)
+    assert done.returncode == 1 and "Error: " not in done.stderr, done.stderr
+
+
 @pytest.mark.parametrize("status", [408, 429, 500, 502, 503, 504])
 def test_a_passing_problem_is_waited_for(
     status: int, hub: LocalHub, home: Path, client: ForkServer

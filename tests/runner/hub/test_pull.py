@@ -210,6 +210,42 @@ def test_a_private_repository_takes_a_token(way: str, hub: LocalHub, tmp_path: P
     assert {request.token for request in hub.to("cdn")} == {None}
 
 
+@pytest.mark.parametrize("way", ["HF_TOKEN", "-hft"])
+@pytest.mark.parametrize("token", ["hf_geh\x01eim", "hf_geh eim", "hf_gehéim", "hf_geh\neim"])
+def test_a_token_that_cannot_be_sent_is_told_and_not_shown(
+    way: str, token: str, hub: LocalHub, tmp_path: Path
+) -> None:
+    extra = {"HF_TOKEN": token} if way == "HF_TOKEN" else {}
+    with ForkServer(tmp_path, hub.environment(tmp_path, **extra)) as client:
+        done = client.buddyrun("pull", NAME, "--dry-run", *(["-hft", token] if not extra else []))
+    if way == "HF_TOKEN" and "\n" in token:  # huggingface-hub mends that
+        assert done.returncode == 0
+        return
+    assert "the token has characters that no token has" in told(done) and "geh" not in done.stderr
+    assert not hub.requests
+
+
+@pytest.mark.parametrize(
+    "fault",
+    [
+        Fault("status", where="api", status=503),
+        Fault("nonsense", where="api"),
+        Fault("nonsense", where="head"),
+        Fault("status", where="api", status=401, headers=(("X-Error-Code", "GatedRepo"),)),
+        Fault("status", where="api", status=418),
+        Fault("hang up", where="api"),
+        Fault("redirect", where="api", location="ftp://x/y"),
+    ],
+)
+def test_a_password_in_the_hubs_address_is_not_shown(
+    fault: Fault, hub: LocalHub, tmp_path: Path
+) -> None:
+    endpoint = hub.endpoint.replace("//", "//me:geheim@")
+    with ForkServer(tmp_path, hub.environment(tmp_path) | {"HF_ENDPOINT": endpoint}) as client:
+        hub.always.append(fault)
+        assert "geheim" not in told(client.buddyrun("pull", NAME))
+
+
 def test_a_private_or_missing_repository_is_not_found(client: ForkServer) -> None:
     for repo in ("test/private", "test/nobody"):
         text = told(client.buddyrun("pull", repo))
