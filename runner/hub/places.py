@@ -69,6 +69,11 @@ def repo_folder(repo: str) -> Path:
     return cache_folder() / (REPO_PREFIX + repo.replace("/", SEPARATOR))
 
 
+def locks_folder(repo: str) -> Path:
+    """Where the locks of its files are."""
+    return cache_folder() / ".locks" / repo_folder(repo).name
+
+
 class CachePlace:
     """The standard cache."""
 
@@ -89,13 +94,16 @@ class CachePlace:
         return self.folder / "blobs" / (file.hash + PARTIAL_ENDING)
 
     def lock(self, file: RepoFile) -> Path:
-        return self.folder.parent / ".locks" / self.folder.name / f"{file.hash}.lock"
+        return locks_folder(self._contents.repo) / f"{file.hash}.lock"
 
     def is_there(self, file: RepoFile) -> bool:
-        return _size(self.target(file)) == file.n_bytes or _size(self.path(file)) == file.n_bytes
+        return (
+            file_size(self.target(file)) == file.n_bytes
+            or file_size(self.path(file)) == file.n_bytes
+        )
 
     def is_shown(self, file: RepoFile) -> bool:
-        return _size(self.path(file)) == file.n_bytes
+        return file_size(self.path(file)) == file.n_bytes
 
     def show(self, file: RepoFile, is_new: bool) -> None:
         """Link to the blob; where links cannot be, the file itself goes there, as the hub does.
@@ -157,7 +165,7 @@ class FolderPlace:
     def is_there(self, file: RepoFile) -> bool:
         """Raises HubError when another file has the name."""
         path = self.path(file)
-        size = _size(path)
+        size = file_size(path)
         if size is None or file in self._found_right:
             return size is not None
         if size != file.n_bytes:
@@ -208,7 +216,8 @@ def _copy(blob: Path, draft: Path) -> None:
         shutil.copyfile(blob, draft)
 
 
-def _size(path: Path) -> int | None:
+def file_size(path: Path) -> int | None:
+    """None when it is not there (any more)."""
     try:
         return path.stat().st_size
     except OSError:
