@@ -1,7 +1,8 @@
 """LocalHub: a real HTTP server on loopback that answers as the Hugging Face hub does, or badly.
 
 Two servers: the hub itself at 127.0.0.1, and the "CDN" that it sends large files from at
-localhost, which is another host for every client. Knows nothing of buddyrun.
+localhost, which is another host for every client; it answers at 127.0.0.2 and so on, too. Knows
+nothing of buddyrun.
 """
 
 import hashlib
@@ -45,6 +46,7 @@ class Request:
     path: str
     range: str | None
     token: str | None
+    host: str = ""  # that the client asked, without the port
 
 
 class Blob:
@@ -82,7 +84,7 @@ class LocalHub:
         self.n_sent = 0  # bytes of files that went out
         self._lock = threading.Lock()
         self._hub = _Server(("127.0.0.1", 0), _HubHandler, self)
-        self._cdn = _Server(("127.0.0.1", 0), _CdnHandler, self)
+        self._cdn = _Server(("0.0.0.0", 0), _CdnHandler, self)
         self.endpoint = f"http://127.0.0.1:{self._hub.server_port}"
         self.cdn = f"http://localhost:{self._cdn.server_port}"
         for server in (self._hub, self._cdn):
@@ -175,7 +177,8 @@ class _Handler(BaseHTTPRequestHandler):
     def do_GET(self) -> None:
         token = (self.headers.get("Authorization") or "").removeprefix("Bearer ") or None
         wanted = self.headers.get("Range")
-        self.hub.note(Request(self.name, self.command, self.path, wanted, token))
+        host = (self.headers.get("Host") or "").rpartition(":")[0]
+        self.hub.note(Request(self.name, self.command, self.path, wanted, token, host))
         with suppress(BrokenPipeError, ConnectionResetError):
             self.answer(token)
 
