@@ -170,7 +170,7 @@ class FolderPlace:
             return size is not None
         if size != file.n_bytes:
             found = f"with {size} bytes instead of {file.n_bytes}"
-        elif not has_right_bytes(path, file):
+        elif not _is_right(path, file):
             found = "with other bytes than the hub lists"
         else:
             self._found_right.add(file)
@@ -206,6 +206,16 @@ def _can_link(blob: Path, link: Path, folder: Path) -> bool:
     except OSError:
         return False
     return True
+
+
+def _is_right(path: Path, file: RepoFile) -> bool:
+    try:
+        return has_right_bytes(path, file)
+    except OSError as error:
+        raise HubError(
+            f"{path} is there already and cannot be read: {error.strerror or error}; move it away,"
+            " or choose another --local-dir"
+        ) from error
 
 
 def _copy(blob: Path, draft: Path) -> None:

@@ -445,7 +445,20 @@ def test_rm_takes_the_revision_that_is_named_and_tells_what_that_frees(
     assert not list((tmp_path / "hub").glob("models--*"))
 
 
-def test_rm_waits_until_nobody_fetches(hub: LocalHub, fresh: ForkServer, tmp_path: Path) -> None:
+def test_a_file_that_vanishes_while_it_is_listed_is_passed_over(
+    fresh: ForkServer, tmp_path: Path
+) -> None:
+    fresh.buddyrun("pull", NAME)
+    blobs = snapshot(tmp_path, NAME).parent.parent / "blobs"
+    (blobs / "x.incomplete").symlink_to("what is gone")  # found by name, and not there
+    listed = fresh.buddyrun("list")
+    assert listed.returncode == 0 and NAME in listed.stdout and "unfinished" not in listed.stderr
+    assert fresh.buddyrun("rm", "test/demo-moe", "-y").stdout == "removed 30.9 MB\n"
+
+
+def test_rm_refuses_while_somebody_fetches(
+    hub: LocalHub, fresh: ForkServer, tmp_path: Path
+) -> None:
     hub.bytes_per_s = 10e6
     with ForkServer(tmp_path, hub.environment(tmp_path)) as other:
         other.start({"fetch": "test/demo-moe", "local_dir": ""})
