@@ -336,12 +336,12 @@ def test_offline_and_a_folder_for_what_comes_exclude_each_other(
 def test_a_value_with_a_line_end_does_not_write_a_line_of_its_own(
     hub: LocalHub, client: ForkServer
 ) -> None:
-    qwen = small_mixtral()
-    keys = {**qwen.keys, "general.architecture": (STR, "x\nspeed    fast")}
-    hub.add("test/lines", {"x-Q8_0.gguf": replace(qwen, keys=keys).packed()})
+    model = small_mixtral()
+    keys = {**model.keys, "general.name": (STR, "x\nbut      no")}
+    hub.add("test/lines", {"x-Q8_0.gguf": replace(model, keys=keys).packed()})
     done = client.buddyrun("pull", "test/lines", "--dry-run")
-    assert "speed    fast" in done.stdout
-    assert not any(line.startswith("speed") for line in done.stdout.splitlines())
+    assert "but      no" in done.stdout
+    assert not any(line.startswith("but      no") for line in done.stdout.splitlines())
 
 
 def test_without_a_quant_the_hub_is_asked_and_what_is_here_serves_when_it_is_away(
