@@ -85,13 +85,15 @@ class Download:
         return self._place.path(files[0])
 
     def _fetch_file(self, file: RepoFile) -> None:
-        if not self._place.is_there(file):
-            for path in (self._place.partial(file), self._place.target(file)):
-                path.parent.mkdir(parents=True, exist_ok=True)
-            with self._locked(file):
-                if not self._place.is_there(file):  # now, after another run had the lock
-                    self._complete(file)
-        self._place.show(file)
+        if self._place.is_shown(file):
+            return
+        for path in (self._place.partial(file), self._place.target(file)):
+            path.parent.mkdir(parents=True, exist_ok=True)
+        with self._locked(file):
+            is_new = not self._place.is_there(file)  # now, after another run had the lock
+            if is_new:
+                self._complete(file)
+            self._place.show(file, is_new)
 
     def _complete(self, file: RepoFile) -> None:
         with PartialFile(self._place.partial(file), file) as partial:

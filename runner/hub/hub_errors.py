@@ -1,6 +1,6 @@
 """What went wrong with a hub, as a sentence that says what to do. Sends nothing."""
 
-import json
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -22,6 +22,7 @@ from huggingface_hub.utils import httpx, parse_ratelimit_headers
 
 from runner.errors import HubError
 
+_PASSWORD = re.compile(r"(?<=//)[^/\s]*@")  # user:password@ of an address
 _WORTH_A_RETRY = (408, 425, 429, 500, 502, 503, 504)
 
 
@@ -58,6 +59,11 @@ def told_plainly(asked: Asked) -> Iterator[None]:
         raise _refusal(asked, error) from error
     except FileMetadataError as error:
         raise HubError(f"{_host()} answers, but not as a hub does: {_one_line(error)}") from error
+    except httpx.LocalProtocolError:  # its words are those of the header, which may be the token
+        raise HubError(
+            f"{asked}: the request has a header with characters that no header has; check HF_TOKEN"
+            " and HF_HUB_USER_AGENT_ORIGIN"
+        ) from None
     except httpx.TransportError as error:
         raise PassingError(_no_way(asked, error)) from error
     except (httpx.HTTPError, httpx.InvalidURL, httpx.StreamError) as error:
@@ -71,11 +77,24 @@ def told_of_nonsense() -> Iterator[None]:
     """The same for an answer that huggingface-hub cannot read."""
     try:
         yield
-    except (json.JSONDecodeError, KeyError, TypeError, AttributeError, UnicodeError) as error:
+    except HFValidationError:  # a ValueError that is about the question
+        raise
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise HubError(
             f"{_host()} answers, but not as a hub does ({type(error).__name__}); is HF_ENDPOINT"
-            f" right? It is {constants.ENDPOINT}"
+            f" right? It is {_endpoint()}"
         ) from error
+
+
+def checked_token(token: str | None) -> str | None:
+    """A token without what surrounds it. Raises HubError for one that cannot be sent."""
+    token = token.strip() if token else ""
+    if not all("!" <= letter <= "~" for letter in token):
+        raise HubError(
+            "the token has characters that no token has: expected letters, digits and `_`; copy it"
+            " again from where it was made"
+        )
+    return token or None
 
 
 def _refusal(asked: Asked, error: HfHubHTTPError) -> HubError:
@@ -83,7 +102,7 @@ def _refusal(asked: Asked, error: HfHubHTTPError) -> HubError:
     if isinstance(error, GatedRepoError):
         return HubError(
             f"{asked.repo} is gated: its authors want you to accept their terms first. Do that at"
-            f" {constants.ENDPOINT}/{asked.repo}, {_token_advice()}"
+            f" {_endpoint()}/{asked.repo}, {_token_advice()}"
         )
     if isinstance(error, RevisionNotFoundError):
         return HubError(f"{asked.repo} has no branch, tag or commit {asked.revision!r:.80}")
@@ -106,7 +125,7 @@ def _refusal(asked: Asked, error: HfHubHTTPError) -> HubError:
 
 def _token_advice() -> str:
     return (
-        f"make a token at {constants.ENDPOINT}/settings/tokens and give it as HF_TOKEN, or once"
+        f"make a token at {_endpoint()}/settings/tokens and give it as HF_TOKEN, or once"
         " with `hf auth login`"
     )
 
@@ -134,7 +153,7 @@ def _wanted_wait_s(error: HfHubHTTPError) -> float | None:
     if limit is not None and limit.remaining == 0:
         return float(limit.reset_in_seconds)
     after = headers.get("Retry-After", "")
-    return float(after) if after.isdigit() and len(after) < 7 else None
+    return float(after) if after.isascii() and after.isdecimal() and len(after) < 7 else None
 
 
 def _no_way(asked: Asked, error: "httpx.TransportError") -> str:
@@ -159,7 +178,11 @@ def _asked_host(error: "httpx.TransportError") -> str:
 
 
 def _host() -> str:
-    return urlsplit(constants.ENDPOINT).netloc or constants.ENDPOINT
+    return urlsplit(_endpoint()).netloc or _endpoint()
+
+
+def _endpoint() -> str:
+    return _PASSWORD.sub("", constants.ENDPOINT)
 
 
 def _server_words(error: HfHubHTTPError) -> str:
@@ -168,5 +191,5 @@ def _server_words(error: HfHubHTTPError) -> str:
 
 def _one_line(error: object) -> str:
     """The words of an error or a server, short and on one line."""
-    text = " ".join(str(error).split()) or type(error).__name__
+    text = " ".join(_PASSWORD.sub("", str(error)).split()) or type(error).__name__
     return text if len(text) <= 300 else text[:297] + "..."

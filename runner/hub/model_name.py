@@ -1,15 +1,18 @@
 """ModelName: what a person writes to mean a model on a hub. Asks no hub and imports none.
 
 `user/repo`, `user/repo:QUANT`, the same behind `hf.co/` or `hf://`, with `@REVISION` behind the
-repository, a file's address as a browser shows it, or `hf://user/repo/file.gguf`.
+repository, a file's address as a browser shows it, or `hf://user/repo/file.gguf`. What would mean
+something else in a revision or a path is written as in an address: `@refs%2Fpr%2F1`.
 """
 
 import re
 from dataclasses import dataclass, replace
+from urllib.parse import quote, unquote
 
 from runner.errors import HubError
 
 DEFAULT_REVISION = "main"
+_SCHEME = "hf://"  # behind it stands a path in the repository, not a browser's address
 _PREFIX = re.compile(
     r"hf://(?:models/)?|(?:https?://)?(?:www\.)?(?:hf\.co|huggingface\.co)/", re.IGNORECASE
 )
@@ -19,6 +22,8 @@ _BODY = re.compile(
     re.ASCII,
 )
 _VIEW = re.compile(r"(?:blob|resolve|tree|raw)/([^/]+)(?:/(.*))?")
+_SPECIAL = re.compile(r"[\s:?%]+")  # in a path; more of it in a revision
+_SPECIAL_IN_REVISION = re.compile(r"[\s:?%/@]+")
 _REPO_PART = re.compile(r"[A-Za-z0-9_](?:[\w.-]*\w)?", re.ASCII)
 _MAX_REPO = 96  # characters; the hub's limit
 
@@ -34,9 +39,13 @@ class ModelName:
 
     def __str__(self) -> str:
         """As `parse` reads it."""
-        at = "" if self.revision == DEFAULT_REVISION else f"@{self.revision}"
+        at = (
+            ""
+            if self.revision == DEFAULT_REVISION
+            else ("@" + _SPECIAL_IN_REVISION.sub(_percents, self.revision))
+        )
         if self.file:
-            return f"hf://{self.repo}{at}/{self.file}"
+            return f"hf://{self.repo}{at}/{_SPECIAL.sub(_percents, self.file)}"
         return f"{self.repo}{at}:{self.quant}" if self.quant else f"{self.repo}{at}"
 
 
@@ -60,12 +69,12 @@ def parse(text: str) -> ModelName:
     _check_repo(text, found["repo"])
     name = ModelName(found["repo"], found["quant"] or "")
     if found["revision"]:
-        name = replace(name, revision=found["revision"])
+        name = replace(name, revision=unquote(found["revision"]))
     rest = (found["rest"] or "").rstrip("/")
-    view = _VIEW.fullmatch(rest)
+    view = None if text.lower().startswith(_SCHEME) else _VIEW.fullmatch(rest)
     if view:
-        return replace(name, revision=view[1], file=view[2] or "")
-    return replace(name, file=rest)
+        return replace(name, revision=unquote(view[1]), file=unquote(view[2] or ""))
+    return replace(name, file=unquote(rest))
 
 
 def with_flags(name: ModelName, file: str | None, revision: str | None) -> ModelName:
@@ -79,6 +88,10 @@ def with_flags(name: ModelName, file: str | None, revision: str | None) -> Model
             raise HubError(f"--revision {revision} contradicts {name}: leave one of them out")
         name = replace(name, revision=revision)
     return name
+
+
+def _percents(found: re.Match[str]) -> str:
+    return quote(found.group(), safe="")
 
 
 def _check_repo(text: str, repo: str) -> None:

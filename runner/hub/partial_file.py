@@ -115,6 +115,15 @@ def write_error(error: OSError, folder: Path, n_missing: int = 0) -> HubError:
     return HubError(f"cannot write to {folder}: {error.strerror or error}; what came is kept")
 
 
+def has_right_bytes(path: Path, file: RepoFile) -> bool:
+    """Whether a file on this machine, as large as `file`, has its hash. Raises OSError."""
+    found = _new_hash(file)
+    with path.open("rb") as opened:
+        while block := opened.read(_BLOCK_BYTES):
+            found.update(block)
+    return found.hexdigest() == file.hash
+
+
 def _new_hash(file: RepoFile) -> _Hash:
     """SHA-256, or what git names a small file by."""
     if len(file.hash) == 64:

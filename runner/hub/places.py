@@ -13,6 +13,7 @@ from typing import Protocol
 from huggingface_hub import constants
 
 from runner.errors import HubError
+from runner.hub.partial_file import has_right_bytes
 from runner.hub.repo_files import Contents, RepoFile, is_safe_path
 
 REPO_PREFIX, SEPARATOR = "models--", "--"  # of a repository's folder
@@ -45,8 +46,14 @@ class Place(Protocol):
     def is_there(self, file: RepoFile) -> bool:
         """Whether the bytes are in their place."""
 
-    def show(self, file: RepoFile) -> None:
-        """Make the bytes, which are in their place, visible at `path`."""
+    def is_shown(self, file: RepoFile) -> bool:
+        """Whether the bytes are visible at `path`."""
+
+    def show(self, file: RepoFile, is_new: bool) -> None:
+        """Make the bytes, which are in their place, visible at `path`; the caller has the lock.
+
+        `is_new`: this run has put them there, so that nothing else can need them there.
+        """
 
     def finish(self) -> None:
         """Every file is visible."""
@@ -60,6 +67,11 @@ def cache_folder() -> Path:
 def repo_folder(repo: str) -> Path:
     """A repository's folder in the cache."""
     return cache_folder() / (REPO_PREFIX + repo.replace("/", SEPARATOR))
+
+
+def locks_folder(repo: str) -> Path:
+    """Where the locks of its files are."""
+    return cache_folder() / ".locks" / repo_folder(repo).name
 
 
 class CachePlace:
@@ -82,19 +94,34 @@ class CachePlace:
         return self.folder / "blobs" / (file.hash + PARTIAL_ENDING)
 
     def lock(self, file: RepoFile) -> Path:
-        return self.folder.parent / ".locks" / self.folder.name / f"{file.hash}.lock"
+        return locks_folder(self._contents.repo) / f"{file.hash}.lock"
 
     def is_there(self, file: RepoFile) -> bool:
-        return _size(self.target(file)) == file.n_bytes or _size(self.path(file)) == file.n_bytes
+        return (
+            file_size(self.target(file)) == file.n_bytes
+            or file_size(self.path(file)) == file.n_bytes
+        )
 
-    def show(self, file: RepoFile) -> None:
-        """Link to the blob; where links cannot be, the file itself goes there, as the hub does."""
-        blob, path = self.target(file), self.path(file)
-        if _size(path) == file.n_bytes:
+    def is_shown(self, file: RepoFile) -> bool:
+        return file_size(self.path(file)) == file.n_bytes
+
+    def show(self, file: RepoFile, is_new: bool) -> None:
+        """Link to the blob; where links cannot be, the file itself goes there, as the hub does.
+
+        A blob that was here before stays: other commits may link to it.
+        """
+        if self.is_shown(file):
             return
+        blob, path = self.target(file), self.path(file)
         path.parent.mkdir(parents=True, exist_ok=True)
-        draft = path.with_name(f".{file.hash}.{os.getpid()}")
-        os.replace(draft if _can_link(blob, draft) else blob, path)
+        draft = self._draft(file.hash)
+        if _can_link(blob, draft, path.parent):
+            os.replace(draft, path)
+        elif is_new and not blob.is_symlink():
+            os.replace(blob, path)
+        else:
+            _copy(blob, draft)
+            os.replace(draft, path)
 
     def finish(self) -> None:
         """Let the revision's name stand for the commit, and tell backups what this folder is."""
@@ -104,9 +131,15 @@ class CachePlace:
             return
         ref = self.folder / "refs" / revision
         ref.parent.mkdir(parents=True, exist_ok=True)
-        draft = ref.with_name(f".{ref.name}.{os.getpid()}")
+        draft = self._draft(f"ref.{os.getpid()}")
         draft.write_text(commit)
         os.replace(draft, ref)
+
+    def _draft(self, name: str) -> Path:
+        """A free name where huggingface-hub does not mind what a run that was killed left."""
+        draft = self.folder / f".{name}.draft"
+        draft.unlink(missing_ok=True)
+        return draft
 
 
 class FolderPlace:
@@ -114,6 +147,7 @@ class FolderPlace:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
+        self._found_right: set[RepoFile] = set()  # reading a large file again takes minutes
         self._hidden = folder / ".cache" / "huggingface" / "download"
 
     def path(self, file: RepoFile) -> Path:
@@ -130,15 +164,25 @@ class FolderPlace:
 
     def is_there(self, file: RepoFile) -> bool:
         """Raises HubError when another file has the name."""
-        size = _size(self.path(file))
-        if size is not None and size != file.n_bytes:
-            raise HubError(
-                f"{self.path(file)} is there already, with {size} bytes instead of"
-                f" {file.n_bytes}: move it away, or choose another --local-dir"
-            )
-        return size is not None
+        path = self.path(file)
+        size = file_size(path)
+        if size is None or file in self._found_right:
+            return size is not None
+        if size != file.n_bytes:
+            found = f"with {size} bytes instead of {file.n_bytes}"
+        elif not _is_right(path, file):
+            found = "with other bytes than the hub lists"
+        else:
+            self._found_right.add(file)
+            return True
+        raise HubError(
+            f"{path} is there already, {found}: move it away, or choose another --local-dir"
+        )
 
-    def show(self, file: RepoFile) -> None:
+    def is_shown(self, file: RepoFile) -> bool:
+        return self.is_there(file)
+
+    def show(self, file: RepoFile, is_new: bool) -> None:
         """It is."""
 
     def finish(self) -> None:
@@ -153,18 +197,37 @@ def free_bytes(folder: Path) -> int | None:
     return None
 
 
-def _can_link(blob: Path, link: Path) -> bool:
-    """Make a relative link to a blob; False where none can be, or none are wanted."""
+def _can_link(blob: Path, link: Path, folder: Path) -> bool:
+    """Make a link that leads from `folder` to a blob; False where none can be or is wanted."""
     if constants.HF_HUB_DISABLE_SYMLINKS:
         return False
     try:
-        os.symlink(os.path.relpath(blob, link.parent), link)
+        os.symlink(os.path.relpath(blob, folder), link)
     except OSError:
         return False
     return True
 
 
-def _size(path: Path) -> int | None:
+def _is_right(path: Path, file: RepoFile) -> bool:
+    try:
+        return has_right_bytes(path, file)
+    except OSError as error:
+        raise HubError(
+            f"{path} is there already and cannot be read: {error.strerror or error}; move it away,"
+            " or choose another --local-dir"
+        ) from error
+
+
+def _copy(blob: Path, draft: Path) -> None:
+    """The same bytes under another name, at no cost where the disk can do that."""
+    try:
+        os.link(blob.resolve(), draft)
+    except OSError:
+        shutil.copyfile(blob, draft)
+
+
+def file_size(path: Path) -> int | None:
+    """None when it is not there (any more)."""
     try:
         return path.stat().st_size
     except OSError:

@@ -11,11 +11,11 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urljoin, urlsplit
 
-from huggingface_hub import HfApi, constants, get_hf_file_metadata, hf_hub_url
+from huggingface_hub import HfApi, constants, get_hf_file_metadata, get_token, hf_hub_url
 from huggingface_hub.utils import build_hf_headers, get_session, hf_raise_for_status
 
 from runner.errors import HubError
-from runner.hub.hub_errors import Asked, told_of_nonsense, told_plainly
+from runner.hub.hub_errors import Asked, checked_token, told_of_nonsense, told_plainly
 from runner.hub.model_name import ModelName
 from runner.hub.repo_files import Contents, RepoFile, is_safe_path
 from runner.version import version
@@ -43,12 +43,13 @@ class Hub:
         """token: None = the one of HF_TOKEN or of `hf auth login`, if any."""
         # Its warnings hold what servers say, and would go to the terminal as they are.
         logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
-        self._token = token
+        self._token = token = checked_token(token)
         self._api = HfApi(token=token, library_name="buddyrun", library_version=version())
 
     def contents(self, name: ModelName) -> Contents:
         """What the repository of `name` holds. Raises HubError."""
         with told_plainly(Asked(name.repo, name.revision)), told_of_nonsense():
+            self._check_known_token()
             info = self._api.model_info(
                 name.repo,
                 revision=name.revision,
@@ -65,7 +66,7 @@ class Hub:
         """Ask where the bytes of `file` are. Raises HubError when they are not what was listed."""
         url = hf_hub_url(contents.repo, file.path, revision=contents.commit)
         asked = Asked(contents.repo, contents.revision, file.path)
-        with told_plainly(asked):
+        with told_plainly(asked), told_of_nonsense():
             found = get_hf_file_metadata(
                 url,
                 token=self._token,
@@ -73,6 +74,8 @@ class Hub:
                 library_name="buddyrun",
                 library_version=version(),
             )
+            target = urljoin(url, found.location)
+            headers = self._headers(url, target)
         if found.etag is None:
             raise HubError(f"{asked}: what answers names no hash, so it is no hub: not fetched")
         if found.etag != file.hash or found.size not in (None, file.n_bytes):
@@ -80,8 +83,7 @@ class Hub:
                 f"{asked}: the hub lists {file.n_bytes} bytes with the hash {file.hash[:12]}, and"
                 f" offers {found.size} with {found.etag[:12]!r}: not fetched; try again later"
             )
-        target = urljoin(url, found.location)
-        return Location(target, self._headers(url, target))
+        return Location(target, headers)
 
     @contextmanager
     def body(
@@ -106,6 +108,11 @@ class Hub:
             end = file.n_bytes if response.status_code == 200 else last + 1
             yield _between(response.iter_raw(), n_before, end - first)
 
+    def _check_known_token(self) -> None:
+        """Check the token that huggingface-hub sends by itself."""
+        if self._token is None and not constants.HF_HUB_DISABLE_IMPLICIT_TOKEN:
+            checked_token(get_token())
+
     def _headers(self, asked: str, location: str) -> dict[str, str]:
         """What to send to `location`: the token only where it was sent before."""
         token: str | bool | None = self._token if _origin(asked) == _origin(location) else False
@@ -122,14 +129,14 @@ def _n_bytes_before(response: "httpx.Response", asked: Asked, file: RepoFile, fi
     if response.status_code == 200:  # it did not understand the wish and sends all
         return first
     start = re.fullmatch(
-        r"bytes (\d{1,18})-\d+/(\d{1,18})", response.headers.get("Content-Range", "")
+        r"bytes (\d{1,18})-\d+/(\d{1,18}|\*)", response.headers.get("Content-Range", "")
     )
     if response.status_code != 206 or not start or int(start[1]) != first:
         raise HubError(
             f"{asked}: asked for the bytes from {first} on, got status {response.status_code} and"
             f" {response.headers.get('Content-Range', 'no range')!r:.60}"
         )
-    if int(start[2]) != file.n_bytes:
+    if start[2] != "*" and int(start[2]) != file.n_bytes:
         raise HubError(f"{asked}: the server has {start[2]} bytes, the hub lists {file.n_bytes}")
     return 0
 

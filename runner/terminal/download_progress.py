@@ -96,7 +96,7 @@ class ProgressWatcher:
 @contextmanager
 def watching(files: Sequence[RepoFile], missing_bytes: int) -> Iterator[Watcher]:
     """Bars on stderr while the block runs; nothing but remarks when nobody looks on."""
-    if not (sys.stdout.isatty() and sys.stderr.isatty()):
+    if not sys.stderr.isatty():
         yield QuietWatcher(sys.stderr)
         return
     columns = (

@@ -1,11 +1,14 @@
 """The flags that name a model on a hub, and completion of models' names. Asks no hub."""
 
+import re
 from typing import Any
 
 import click
 from click.shell_completion import CompletionItem
 
 from runner.terminal.cli_options import FILE, flag, switch
+
+_HARMLESS = re.compile(r"[\w./:@+-]+", re.ASCII)
 
 
 class ModelType(click.Path):
@@ -19,11 +22,15 @@ class ModelType(click.Path):
 
 
 def cached_names(incomplete: str) -> list[CompletionItem[Any]]:
-    """The models in the cache whose names begin so."""
+    """The models in the cache whose names begin so, and that no shell takes for more than words."""
     from runner.hub.cached_models import cached_models
 
     names = (str(model.name) for model in cached_models())
-    return [CompletionItem(name) for name in names if name.startswith(incomplete)]
+    return [
+        CompletionItem(name)
+        for name in names
+        if name.startswith(incomplete) and _HARMLESS.fullmatch(name)
+    ]
 
 
 MODEL = ModelType(path_type=str)

@@ -15,7 +15,7 @@ from runner.hub.cached_models import cached_models, unfinished
 from runner.hub.local_models import LocalModel, Removal, local_models, plan_removal, remove
 from runner.hub.model_name import parse
 from runner.hub.places import cache_folder
-from runner.terminal.terminal_text import visible, visible_line
+from runner.terminal.terminal_text import visible_line
 
 _HEAD = ("NAME", "QUANT", "SIZE", "ARCH", "EXPERTS", "RUNS", "PROFILE")
 
@@ -37,8 +37,8 @@ def list_models(folders: Sequence[str], as_json: bool) -> None:
             print(visible_line(f"{model.name} cannot be run: {model.reason}"), file=sys.stderr)
     parts = unfinished()
     if parts:
-        size = bytes_text(sum(path.stat().st_size for _, path in parts))
-        repos = ", ".join(sorted({repo for repo, _ in parts}))
+        size = bytes_text(sum(part.n_bytes for part in parts))
+        repos = ", ".join(sorted({part.repo for part in parts}))
         print(
             f"{size} of unfinished downloads: {visible_line(repos)}. `buddyrun pull` goes on with"
             " them, `buddyrun rm user/repo` removes them.",
@@ -52,7 +52,7 @@ def remove_model(word: str, is_sure: bool, as_json: bool) -> None:
     if not is_sure:
         names = ", ".join(removal.names) or f"unfinished downloads of {removal.repo}"
         text = f"Remove {names} ({bytes_text(removal.n_bytes)})?"
-        click.confirm(visible(text), abort=True, err=True)
+        click.confirm(visible_line(text), abort=True, err=True)
     remove(removal)
     if as_json:
         print(json.dumps(asdict(removal), indent=2))
@@ -64,12 +64,9 @@ def _removal(word: str) -> Removal:
     if Path(word).is_file():
         raise HubError(f"{word} is a file of yours, not of the cache: delete it yourself")
     name = parse(word)
-    here = [model for model in cached_models() if model.name.repo == name.repo]
-    chosen = here
-    if name.quant or name.file:
-        chosen = [model for model in here if str(model.name).lower() == str(name).lower()]
-    removal = plan_removal(chosen, name.repo, is_whole=not (name.quant or name.file))
+    removal = plan_removal(name)
     if not removal.parts:
+        here = [model for model in cached_models() if model.name.repo == name.repo]
         there = ", ".join(str(model.name) for model in here) or "none of this repository"
         raise HubError(f"{name} is not in the cache; there are: {there}")
     return removal

@@ -14,7 +14,7 @@ from runner.errors import BuddyrunError, HubError
 from runner.hub.cached_models import find_cached
 from runner.hub.model_name import ModelName, parse, with_flags
 from runner.terminal.cli_options import Params
-from runner.terminal.terminal_text import visible
+from runner.terminal.terminal_text import visible, visible_line
 
 if TYPE_CHECKING:
     from quant.gguf_file import GGUFFile
@@ -31,6 +31,11 @@ def pull_model(params: Params) -> bool:
     """
     name = name_in(params)
     if is_offline(params):
+        if params["local_dir"]:
+            raise HubError(
+                "--local-dir is for files that a hub sends, and none may be asked (--offline or"
+                " HF_HUB_OFFLINE): leave one of them out"
+            )
         _report(params, name, required_path(name), None, None)
         return True
     from runner.hub.repository import Hub
@@ -65,12 +70,12 @@ def fetched_path(name: ModelName, params: Params) -> Path:
         found = find_cached(name, is_any_good=True)
         if found is None:
             raise
-        print(f"buddyrun: {visible(str(error))}; using {found.name}", file=sys.stderr)
+        print(f"buddyrun: {visible(str(error))}; using {visible_line(found.name)}", file=sys.stderr)
         return found
     _refuse(name, preflight, is_forced=False)
     if plan.missing_bytes:
         size = bytes_text(plan.missing_bytes)
-        print(f"buddyrun: fetching {name}, {size}", file=sys.stderr, flush=True)
+        print(f"buddyrun: fetching {visible_line(str(name))}, {size}", file=sys.stderr, flush=True)
     return _fetch(hub, plan)
 
 
@@ -147,7 +152,7 @@ def _refuse(name: ModelName, preflight: "Preflight | None", is_forced: bool) -> 
             f"{name} is not fetched: {reasons}. `buddyrun pull {name} --force` fetches it all"
             " the same"
         )
-    print(f"buddyrun: {visible(reasons)}; fetching it all the same", file=sys.stderr)
+    print(f"buddyrun: {visible_line(reasons)}; fetching it all the same", file=sys.stderr)
 
 
 def _fetch(hub: "Hub", plan: "PullPlan") -> Path:
@@ -165,7 +170,7 @@ def _fetch(hub: "Hub", plan: "PullPlan") -> Path:
 def _print_rows(preflight: "Preflight", is_terminal: bool) -> None:
     """What is known before the download, for a person."""
     if is_terminal:
-        print(visible(_text(preflight)), file=sys.stderr)
+        print(_text(preflight), file=sys.stderr)
 
 
 def _text(preflight: "Preflight") -> str:
@@ -173,7 +178,8 @@ def _text(preflight: "Preflight") -> str:
 
     lines = [f"{name:<8} {value}" for name, value in rows(preflight)]
     lines += [f"note     {note}" for note in preflight.notes]
-    return "\n".join(lines + [f"but      {refusal}" for refusal in preflight.refusals])
+    lines += [f"but      {refusal}" for refusal in preflight.refusals]
+    return "\n".join(map(visible_line, lines))
 
 
 def _report(
@@ -187,11 +193,11 @@ def _report(
     if params["as_json"]:
         print(json.dumps(_as_json(name, path, plan, preflight), indent=2))
     elif params["dry_run"]:
-        lines = [f"{'model':<8} {name}", *_file_lines(plan)]
-        lines.append(_text(preflight) if preflight else f"{'here':<8} {path}")
-        print(visible("\n".join(lines)))
+        for line in (f"{'model':<8} {name}", *_file_lines(plan)):
+            print(visible_line(line))
+        print(_text(preflight) if preflight else visible_line(f"{'here':<8} {path}"))
     else:
-        print(visible(str(path)) if sys.stdout.isatty() else path)
+        print(visible_line(str(path)) if sys.stdout.isatty() else path)
 
 
 def _file_lines(plan: "PullPlan | None") -> Sequence[str]:

@@ -1,7 +1,8 @@
 """LocalHub: a real HTTP server on loopback that answers as the Hugging Face hub does, or badly.
 
 Two servers: the hub itself at 127.0.0.1, and the "CDN" that it sends large files from at
-localhost, which is another host for every client. Knows nothing of buddyrun.
+localhost, which is another host for every client; it answers at 127.0.0.2 and so on, too. Knows
+nothing of buddyrun.
 """
 
 import hashlib
@@ -45,6 +46,7 @@ class Request:
     path: str
     range: str | None
     token: str | None
+    host: str = ""  # that the client asked, without the port
 
 
 class Blob:
@@ -82,7 +84,7 @@ class LocalHub:
         self.n_sent = 0  # bytes of files that went out
         self._lock = threading.Lock()
         self._hub = _Server(("127.0.0.1", 0), _HubHandler, self)
-        self._cdn = _Server(("127.0.0.1", 0), _CdnHandler, self)
+        self._cdn = _Server(("0.0.0.0", 0), _CdnHandler, self)
         self.endpoint = f"http://127.0.0.1:{self._hub.server_port}"
         self.cdn = f"http://localhost:{self._cdn.server_port}"
         for server in (self._hub, self._cdn):
@@ -175,7 +177,8 @@ class _Handler(BaseHTTPRequestHandler):
     def do_GET(self) -> None:
         token = (self.headers.get("Authorization") or "").removeprefix("Bearer ") or None
         wanted = self.headers.get("Range")
-        self.hub.note(Request(self.name, self.command, self.path, wanted, token))
+        host = (self.headers.get("Host") or "").rpartition(":")[0]
+        self.hub.note(Request(self.name, self.command, self.path, wanted, token, host))
         with suppress(BrokenPipeError, ConnectionResetError):
             self.answer(token)
 
@@ -242,7 +245,7 @@ class _HubHandler(_Handler):
         if is_api and found:
             repo = self.repo(found[1], token)
             if repo is not None:
-                self.api(found[1], repo, found[2] or "revision", found[3] or "main")
+                self.api(found[1], repo, found[2] or "revision", found[3] or "main", fault)
             return
         found = re.fullmatch(r"/([^/]+/[^/]+)/resolve/([^/]+)/(.+)", path)
         repo = self.repo(found[1], token) if found else None
@@ -265,7 +268,7 @@ class _HubHandler(_Handler):
             return None
         return repo
 
-    def api(self, name: str, repo: Repo, what: str, revision: str) -> None:
+    def api(self, name: str, repo: Repo, what: str, revision: str, fault: Fault | None) -> None:
         commit = self.commit(repo, revision)
         if commit is None:
             self.refuse(404, "RevisionNotFound", f"Invalid rev id: {revision}")
@@ -278,12 +281,15 @@ class _HubHandler(_Handler):
         elif what == "tree":
             found = [self.entry(repo, path, blob) for path, blob in repo.files.items()]
         else:
+            more: dict[str, Any] = {}
             has_blobs = "blobs" in parse_qs(urlsplit(self.path).query)
             siblings = [
                 self.sibling(repo, path, blob) if has_blobs else {"rfilename": path}
                 for path, blob in repo.files.items()
             ]
-            found = {"id": name, "modelId": name, "sha": commit, "siblings": siblings,
+            if fault is not None and fault.kind == "bad date":
+                more = {"lastModified": "yesterday"}
+            found = {**more, "id": name, "modelId": name, "sha": commit, "siblings": siblings,
                      "gated": "manual" if repo.is_gated else False, "tags": []}  # fmt: skip
         self.send(200, json.dumps(found).encode(), {}, "application/json")
 
@@ -349,7 +355,8 @@ class _CdnHandler(_Handler):
         self.send_response(206 if has_range else 200)
         if has_range:
             shift = 1 if fault.kind == "other range" else 0
-            self.send_header("Content-Range", f"bytes {first + shift}-{last}/{len(data)}")
+            total = "*" if fault.kind == "no total" else len(data)
+            self.send_header("Content-Range", f"bytes {first + shift}-{last}/{total}")
         self.send_header("ETag", '"of-the-cdn"')
         self.send_header("Content-Length", str(n_sent if fault.kind == "less" else len(body)))
         self.end_headers()

@@ -5,12 +5,14 @@ import os
 import random
 import signal
 import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
+from tests.paths import ROOT
 from tests.runner.hub.conftest import SECRET
 from tests.runner.hub.fork_server import Done, ForkServer
 from tests.runner.hub.local_hub import COMMIT, Fault, LocalHub
@@ -201,6 +203,40 @@ def test_an_answer_with_another_range_is_refused(
     assert not visible_files(home, repo)
 
 
+def test_an_answer_with_a_range_of_an_unknown_total_is_taken(
+    hub: LocalHub, home: Path, client: ForkServer
+) -> None:
+    repo = new_repo(hub)
+    hub.faults.append(Fault("no total"))
+    assert client.fetch(repo).returncode == 0 and check_visible(home, repo)
+    assert len(hub.to("cdn")) == 1
+
+
+BAD_LOCATIONS = ("http://127.0.0.1:99999/x", "http://[bad/x")
+
+
+@pytest.mark.parametrize(
+    "fault",
+    [
+        Fault("bad date", where="api"),
+        *[Fault("elsewhere", where="head", location=bad) for bad in BAD_LOCATIONS],
+        *[
+            Fault("redirect", where=w, location=bad)
+            for w in ("api", "cdn")
+            for bad in BAD_LOCATIONS
+        ],
+        Fault("status", status=503, headers=(("Retry-After", "\u00b2"),)),
+    ],
+)
+def test_what_a_server_cannot_have_meant_is_one_sentence(
+    fault: Fault, hub: LocalHub, client: ForkServer
+) -> None:
+    repo = new_repo(hub)
+    hub.always.append(fault)
+    done = client.fetch(repo)
+    assert done.returncode == 1 and "Error: " not in done.stderr, done.stderr
+
+
 @pytest.mark.parametrize("status", [408, 429, 500, 502, 503, 504])
 def test_a_passing_problem_is_waited_for(
     status: int, hub: LocalHub, home: Path, client: ForkServer
@@ -371,6 +407,55 @@ def test_a_file_of_the_users_is_not_overwritten(
     assert (tmp_path / "m-Q8_0.gguf").read_text() == "mine"
 
 
+def test_another_file_of_the_same_size_is_not_taken_for_the_hubs(
+    hub: LocalHub, client: ForkServer, tmp_path: Path
+) -> None:
+    other = bytes(SIZE)
+    (tmp_path / "m-Q8_0.gguf").write_bytes(other)
+    repo = new_repo(hub)
+    done = client.fetch(repo, str(tmp_path))
+    assert done.returncode == 1 and "other bytes" in done.stderr and "move it away" in done.stderr
+    assert (tmp_path / "m-Q8_0.gguf").read_bytes() == other
+    (tmp_path / "m-Q8_0.gguf").write_bytes(DATA)
+    assert client.fetch(repo, str(tmp_path)).returncode == 0 and not hub.to("cdn")
+
+
+def test_what_a_killed_run_left_in_the_middle_of_showing_does_no_harm(
+    hub: LocalHub, home: Path, client: ForkServer
+) -> None:
+    repo = new_repo(hub)
+    folder = folder_of(home, repo)
+    code = (
+        "import os; from unittest.mock import patch;"
+        "from runner.hub.repository import Hub; from runner.hub.model_name import parse;"
+        "from runner.hub.pull import plan_pull; from runner.hub.download import Download;"
+        "from runner.terminal.download_progress import QuietWatcher; import sys;"
+        f"hub = Hub(); plan = plan_pull(hub, parse('{repo}'));"
+        "real = os.replace;"
+        "die = lambda a, b: os._exit(9) if 'snapshots' in str(b) else real(a, b);"
+        "d = Download(hub, plan.contents, plan.place, QuietWatcher(sys.stderr));"
+        "patch('os.replace', die).start(); d.fetch(plan.variant.files)"
+    )
+    environment = {**os.environ, **hub.environment(home)}
+    assert subprocess.run([sys.executable, "-c", code], env=environment, cwd=ROOT).returncode == 9
+    assert not list(folder.glob("snapshots/*/*"))  # huggingface-hub would take it for a file
+    assert client.fetch(repo).returncode == 0 and check_visible(home, repo)
+    assert not list(folder.glob("**/*.draft"))
+
+
+def test_without_links_a_blob_that_others_link_to_stays(
+    hub: LocalHub, home: Path, client: ForkServer
+) -> None:
+    repo = new_repo(hub)
+    hub.repos[repo].branches["v1"] = "bad" + "0" * 37
+    assert client.fetch(repo).returncode == 0
+    with ForkServer(home, hub.environment(home, HF_HUB_DISABLE_SYMLINKS="1")) as other:
+        assert other.fetch(f"{repo}@v1").returncode == 0
+    assert check_visible(home, repo) and len(hub.to("cdn")) == 1
+    paths = [path for path in visible_files(home, repo) if "snapshots" in path.parts]
+    assert sorted(path.is_symlink() for path in paths) == [False, True]
+
+
 KINDS = ("flip", "short", "reset", "less", "no range", "etag", "size", "other range")
 
 
@@ -484,7 +569,7 @@ def test_on_50_full_disks_nothing_partial_is_seen_and_room_is_all_it_takes(
                 subprocess.run(["rm", "-r", str(path)], check=True)
 
 
-FOREIGN = ["localhost", "LOCALHOST", "127.0.0.1", "127.0.1.1", "localhost."]
+FOREIGN = ["localhost", "LOCALHOST", "127.0.0.1", "127.0.0.2", "127.0.0.5"]
 
 
 @pytest.mark.parametrize("host", FOREIGN)
@@ -507,6 +592,8 @@ def test_a_redirect_to_another_host_gets_no_token(
     done = known_client.fetch(repo)
     assert hub.to("hub") and all(request.token == SECRET for request in hub.to("hub"))
     elsewhere = [*hub.to("cdn"), *hub.to("cdn", "HEAD")]
+    is_asked = host.lower() in [request.host for request in elsewhere]
+    assert is_asked == (where != "head")  # what answers so names no hash: it is not followed
     assert not any(request.token for request in elsewhere)
     if where.startswith("file"):
         assert done.returncode == 0 and elsewhere and check_visible(home, repo)

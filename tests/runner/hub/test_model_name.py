@@ -71,6 +71,27 @@ def test_an_impossible_name_is_told_what_one_looks_like(text: str) -> None:
         parse(text)
 
 
+@pytest.mark.parametrize(
+    "name",
+    [
+        ModelName("user/repo", file="mit leer zeichen-Q8_0.gguf"),
+        ModelName("user/repo", file="a/b: c?d%20e@f\u00a0g.gguf"),
+        ModelName("user/repo", file="größe/模型-Q8_0.gguf", revision="v 2?"),
+        ModelName("user/repo", file="blob/main/x.gguf"),
+        ModelName("user/repo", revision="refs/pr/1"),
+        ModelName("user/repo", "Q8_0", revision="feature/a:b@c%2F"),
+    ],
+)
+def test_every_name_is_read_as_it_is_written(name: ModelName) -> None:
+    assert looks_like_name(str(name))
+    assert parse(str(name)) == name
+
+
+def test_a_browsers_address_has_percents() -> None:
+    text = "https://huggingface.co/user/repo/blob/refs%2Fpr%2F1/a%20b.gguf"
+    assert parse(text) == ModelName("user/repo", file="a b.gguf", revision="refs/pr/1")
+
+
 def test_flags_add_to_a_name_and_may_not_contradict_it() -> None:
     name = ModelName("user/repo")
     assert with_flags(name, "x.gguf", "v2") == ModelName("user/repo", file="x.gguf", revision="v2")

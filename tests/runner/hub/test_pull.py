@@ -6,6 +6,7 @@ import re
 import struct
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -210,6 +211,42 @@ def test_a_private_repository_takes_a_token(way: str, hub: LocalHub, tmp_path: P
     assert {request.token for request in hub.to("cdn")} == {None}
 
 
+@pytest.mark.parametrize("way", ["HF_TOKEN", "-hft"])
+@pytest.mark.parametrize("token", ["hf_geh\x01eim", "hf_geh eim", "hf_gehéim", "hf_geh\neim"])
+def test_a_token_that_cannot_be_sent_is_told_and_not_shown(
+    way: str, token: str, hub: LocalHub, tmp_path: Path
+) -> None:
+    extra = {"HF_TOKEN": token} if way == "HF_TOKEN" else {}
+    with ForkServer(tmp_path, hub.environment(tmp_path, **extra)) as client:
+        done = client.buddyrun("pull", NAME, "--dry-run", *(["-hft", token] if not extra else []))
+    if way == "HF_TOKEN" and "\n" in token:  # huggingface-hub mends that
+        assert done.returncode == 0
+        return
+    assert "the token has characters that no token has" in told(done) and "geh" not in done.stderr
+    assert not hub.requests
+
+
+@pytest.mark.parametrize(
+    "fault",
+    [
+        Fault("status", where="api", status=503),
+        Fault("nonsense", where="api"),
+        Fault("nonsense", where="head"),
+        Fault("status", where="api", status=401, headers=(("X-Error-Code", "GatedRepo"),)),
+        Fault("status", where="api", status=418),
+        Fault("hang up", where="api"),
+        Fault("redirect", where="api", location="ftp://x/y"),
+    ],
+)
+def test_a_password_in_the_hubs_address_is_not_shown(
+    fault: Fault, hub: LocalHub, tmp_path: Path
+) -> None:
+    endpoint = hub.endpoint.replace("//", "//me:geheim@")
+    with ForkServer(tmp_path, hub.environment(tmp_path) | {"HF_ENDPOINT": endpoint}) as client:
+        hub.always.append(fault)
+        assert "geheim" not in told(client.buddyrun("pull", NAME))
+
+
 def test_a_private_or_missing_repository_is_not_found(client: ForkServer) -> None:
     for repo in ("test/private", "test/nobody"):
         text = told(client.buddyrun("pull", repo))
@@ -286,6 +323,25 @@ def test_offline_takes_what_is_here_and_asks_nobody(
         assert offline.buddyrun("show", "test/demo-moe", "--json").stdout.count(FILE) == 2
         assert "no hub may be asked" in told(offline.buddyrun("test/split", "-p", "x"))
     assert not hub.requests
+
+
+def test_offline_and_a_folder_for_what_comes_exclude_each_other(
+    hub: LocalHub, fresh: ForkServer, tmp_path: Path
+) -> None:
+    fresh.buddyrun("pull", NAME)
+    text = told(fresh.buddyrun("pull", NAME, "--offline", "--local-dir", str(tmp_path / "x")))
+    assert "leave one of them out" in text
+
+
+def test_a_value_with_a_line_end_does_not_write_a_line_of_its_own(
+    hub: LocalHub, client: ForkServer
+) -> None:
+    model = small_mixtral()
+    keys = {**model.keys, "general.name": (STR, "x\nbut      no")}
+    hub.add("test/lines", {"x-Q8_0.gguf": replace(model, keys=keys).packed()})
+    done = client.buddyrun("pull", "test/lines", "--dry-run")
+    assert "but      no" in done.stdout
+    assert not any(line.startswith("but      no") for line in done.stdout.splitlines())
 
 
 def test_without_a_quant_the_hub_is_asked_and_what_is_here_serves_when_it_is_away(
@@ -372,6 +428,63 @@ def test_rm_keeps_what_another_commit_links_to(
     assert json.loads(fresh.buddyrun("list", "--json").stdout) == []
 
 
+def test_rm_takes_the_revision_that_is_named_and_tells_what_that_frees(
+    hub: LocalHub, fresh: ForkServer, tmp_path: Path
+) -> None:
+    fresh.buddyrun("pull", NAME)
+    fresh.buddyrun("pull", NAME, "--revision", "v1")
+    assert fresh.buddyrun("rm", "test/demo-moe@v1:Q8_0", "-y").stdout == "removed 0 B\n"
+    assert (snapshot(tmp_path, NAME) / FILE).exists()
+    assert not (snapshot(tmp_path, NAME).with_name(OTHER_COMMIT) / FILE).exists()
+    fresh.buddyrun("pull", NAME, "--revision", "v1")
+    fresh.buddyrun("rm", NAME, "-y")
+    (found,) = json.loads(fresh.buddyrun("list", "--json").stdout)
+    assert found["name"] == "test/demo-moe@v1:Q8_0"
+    fresh.buddyrun("pull", NAME)
+    assert fresh.buddyrun("rm", "test/demo-moe", "-y").stdout == "removed 30.9 MB\n"
+    assert not list((tmp_path / "hub").glob("models--*"))
+
+
+def test_a_file_that_vanishes_while_it_is_listed_is_passed_over(
+    fresh: ForkServer, tmp_path: Path
+) -> None:
+    fresh.buddyrun("pull", NAME)
+    blobs = snapshot(tmp_path, NAME).parent.parent / "blobs"
+    (blobs / "x.incomplete").symlink_to("what is gone")  # found by name, and not there
+    listed = fresh.buddyrun("list")
+    assert listed.returncode == 0 and NAME in listed.stdout and "unfinished" not in listed.stderr
+    assert fresh.buddyrun("rm", "test/demo-moe", "-y").stdout == "removed 30.9 MB\n"
+
+
+def test_rm_refuses_while_somebody_fetches(
+    hub: LocalHub, fresh: ForkServer, tmp_path: Path
+) -> None:
+    hub.bytes_per_s = 10e6
+    with ForkServer(tmp_path, hub.environment(tmp_path)) as other:
+        other.start({"fetch": "test/demo-moe", "local_dir": ""})
+        end_s = time.monotonic() + 20
+        while not list(tmp_path.rglob("*.incomplete")) and time.monotonic() < end_s:
+            time.sleep(0.02)
+        assert "is being fetched" in told(fresh.buddyrun("rm", "test/demo-moe", "-y"))
+        hub.bytes_per_s = 0.0
+        assert other.wait().returncode == 0
+    assert fresh.buddyrun("rm", "test/demo-moe", "-y").returncode == 0
+
+
+def test_what_is_here_of_another_revision_or_no_revision_is_not_main(
+    hub: LocalHub, fresh: ForkServer, tmp_path: Path
+) -> None:
+    path = fresh.buddyrun("pull", NAME, "--revision", "v1").stdout
+    hub.requests.clear()
+    fresh.buddyrun("show", NAME)
+    assert hub.requests  # it is main that was asked for
+    assert fresh.buddyrun("pull", NAME, "--offline").stdout == path
+    for revision in ("..", "../snapshots", "../refs"):
+        told(fresh.buddyrun("pull", NAME, "--offline", "--revision", revision))
+    (tmp_path / "hub/models--test--demo-moe/refs/v2").write_text(f"../snapshots/{OTHER_COMMIT}")
+    told(fresh.buddyrun("pull", NAME, "--offline", "--revision", "v2"))
+
+
 def test_unfinished_downloads_are_told_and_can_be_removed(
     hub: LocalHub, fresh: ForkServer, tmp_path: Path
 ) -> None:
@@ -426,16 +539,21 @@ def test_a_shell_completes_the_names_of_models_in_the_cache(
     hub: LocalHub, fresh: ForkServer, tmp_path: Path
 ) -> None:
     fresh.buddyrun("pull", NAME)
+    for bad in ("a b", "$(reboot)", ";reboot", "größe", "`x`"):
+        (snapshot(tmp_path, NAME) / f"{bad}.gguf").write_bytes(b"GGUF")
     code = "import sys; from runner.cli import main; sys.exit(main())"
     for words in ("buddyrun test/", "buddyrun run te", "buddyrun rm t", "buddyrun run -hf te",
-                  "buddyrun show test/demo"):  # fmt: skip
+                  "buddyrun show test/demo", "buddyrun show "):  # fmt: skip
         environment = {**os.environ, **hub.environment(tmp_path)}
         environment |= {"_BUDDYRUN_COMPLETE": "bash_complete", "COMP_WORDS": words,
                         "COMP_CWORD": str(words.count(" "))}  # fmt: skip
         done = subprocess.run(
             [sys.executable, "-c", code], env=environment, cwd=ROOT, capture_output=True, text=True
         )
-        assert f"plain,{NAME}" in done.stdout.splitlines(), words
+        offered = [
+            line for line in done.stdout.splitlines() if "plain," in line and "test/demo" in line
+        ]
+        assert offered == [f"plain,{NAME}"], words
 
 
 def test_an_empty_name_is_wrong_usage(client: ForkServer) -> None:
