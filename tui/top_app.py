@@ -1,6 +1,7 @@
 """`buddyrun top`: a program that watches engines in other processes, or plays a recording."""
 
 from collections.abc import Iterable
+from functools import partial
 from typing import ClassVar
 
 from textual.app import App, SystemCommand
@@ -60,13 +61,19 @@ class TopApp(App[None]):
 
     def _watch(self, watched: Running | Replay) -> None:
         screen = MonitorScreen(watched, self._request.recorder, self._request.is_ascii)
-        self.push_screen(screen, self._leave_monitor)
+        left = watched if isinstance(watched, Running) else None
+        self.push_screen(screen, partial(self._leave_monitor, left))
 
-    def _leave_monitor(self, towards: str | None) -> None:
-        self._list(tuple(self._find()), is_waiting=towards == WAIT)
+    def _leave_monitor(self, left: Running | None, towards: str | None) -> None:
+        self._list(None, is_waiting=towards == WAIT, left=left)
 
-    def _list(self, running: tuple[Running, ...], is_waiting: bool) -> None:
-        screen = EngineList(running, is_waiting, self._request.is_ascii, self._find)
+    def _list(
+        self,
+        running: tuple[Running, ...] | None,
+        is_waiting: bool,
+        left: Running | None = None,
+    ) -> None:
+        screen = EngineList(running, is_waiting, self._request.is_ascii, self._find, left)
         self.push_screen(screen, self._leave_list)
 
     def _leave_list(self, running: Running | None) -> None:
