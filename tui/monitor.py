@@ -91,7 +91,7 @@ class Monitor(Widget):
     def compose(self) -> ComposeResult:
         is_ascii = self._is_ascii
         yield TooSmall(MIN_WIDTH, MIN_HEIGHT)
-        yield Headline(is_ascii, id="headline")
+        yield Headline(is_ascii, self.owner is not None, id="headline")
         with Horizontal(id="body"):
             with Vertical(id="left"):
                 yield ViewTabs(id="views")
