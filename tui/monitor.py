@@ -177,7 +177,7 @@ class Monitor(Widget):
 
     def action_help(self) -> None:
         """Explain the screen."""
-        self.app.push_screen(HelpScreen(self._is_ascii))
+        self.app.push_screen(HelpScreen(self._is_ascii, is_in_chat=self.owner is not None))
 
     def action_exact(self) -> None:
         """Let nobody stand in, or let them again."""

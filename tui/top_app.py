@@ -10,6 +10,7 @@ from textual.screen import Screen
 
 from runner.client import MonitorRequest, Replay, Running
 from tui.engine_list import EngineList, Find, find_all
+from tui.frame_source import OneAtATime
 from tui.monitor import Monitor
 from tui.monitor_screen import WAIT, MonitorScreen
 from tui.views import VIEWS
@@ -30,6 +31,7 @@ class TopApp(App[None]):
         super().__init__()
         self._request = request
         self._find = find_running
+        self._recorder = OneAtATime(request.recorder) if request.recorder is not None else None
 
     def on_mount(self) -> None:
         self.set_class(self._request.is_ascii, "-ascii")
@@ -60,7 +62,7 @@ class TopApp(App[None]):
             self.screen.query_one(Monitor).action_help()
 
     def _watch(self, watched: Running | Replay) -> None:
-        screen = MonitorScreen(watched, self._request.recorder, self._request.is_ascii)
+        screen = MonitorScreen(watched, self._recorder, self._request.is_ascii)
         left = watched if isinstance(watched, Running) else None
         self.push_screen(screen, partial(self._leave_monitor, left))
 

@@ -52,8 +52,21 @@ async def test_shift_tab_goes_to_the_monitor_and_escape_back() -> None:
         assert app.focused is not None and app.monitor in app.focused.ancestors
         await pilot.press("escape")
         assert app.pane.input.has_focus
+        await pilot.press("shift+tab", "shift+tab")
+        assert app.pane.input.has_focus
         await pilot.press("shift+tab", "f2")
         assert app.pane.input.has_focus
+
+
+async def test_the_monitors_help_in_a_chat_has_only_keys_that_are_there() -> None:
+    app = ChatApp(request(FakeClient()))
+    async with app.run_test(size=(120, 60)) as pilot:
+        await until_ready(pilot)
+        await pilot.press("shift+tab", "question_mark")
+        await until_shown(pilot, "F2             hide the monitor")
+        screen = shown(app)
+        assert "hold a replay" not in screen and "list of running" not in screen
+        assert "what is watched goes on" not in screen
 
 
 async def test_pages_are_turned_and_the_end_is_followed_again_there() -> None:

@@ -271,6 +271,7 @@ async def test_a_question_mark_explains_and_escape_goes_back() -> None:
         assert isinstance(app.screen, HelpScreen)
         await pilot.pause()
         assert "exact: nobody stands in" in screen_text(app)
+        assert "back to the list of running engines" in screen_text(app)
         await pilot.press("escape")
         assert not isinstance(app.screen, HelpScreen)
 
