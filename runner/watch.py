@@ -9,6 +9,7 @@ import select
 import socket
 import time
 from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Self
@@ -17,7 +18,7 @@ from runner.errors import OptionError
 from runner.frames import MAX_LINE_BYTES, Frame, FrameReader
 from runner.process import meeting_place
 
-_FIRST_FRAME_S = 5.0  # a busy machine's engine answers in time
+_FIRST_FRAME_S = 1.5  # a busy machine's engine answers in time, a stopped one never
 _CHUNK_BYTES = 1 << 18
 
 
@@ -47,8 +48,10 @@ class Watch:
         _check_platform()
         try:
             self._socket = meeting_place.call(meeting_place.directory(environment), pid)
-        except OSError as error:
+        except (FileNotFoundError, ConnectionRefusedError) as error:
             raise OptionError(f"no engine of this user has the process number {pid}") from error
+        except OSError as error:
+            raise OptionError(f"the engine {pid} takes no viewer: {error}") from error
         self._reader = FrameReader()
         self._pending = bytearray()
 
@@ -112,18 +115,23 @@ class Watch:
 
 
 def running(environment: Mapping[str, str] = os.environ) -> list[Running]:
-    """All engines of this user that answer, in the order of their process numbers."""
+    """All engines of this user that answer, in the order of their process numbers. All are asked
+    at the same time: those that do not answer, as when they are stopped, cost a moment together."""
     _check_platform()
-    found = []
-    for pid in meeting_place.pids(meeting_place.directory(environment)):
-        try:
-            with Watch(pid, environment) as watch:
-                frame = watch.first()
-        except OptionError:
-            continue  # it ended meanwhile
-        if frame is not None:
-            found.append(Running(frame))
-    return found
+    pids = meeting_place.pids(meeting_place.directory(environment))
+    if not pids:
+        return []
+    with ThreadPoolExecutor(len(pids)) as threads:
+        frames = threads.map(lambda pid: _first_frame(pid, environment), pids)
+        return [Running(frame) for frame in frames if frame is not None]
+
+
+def _first_frame(pid: int, environment: Mapping[str, str]) -> Frame | None:
+    try:
+        with Watch(pid, environment) as watch:
+            return watch.first()
+    except OptionError:
+        return None  # it ended meanwhile
 
 
 def find(pid: int | None, environment: Mapping[str, str] = os.environ) -> list[Running]:

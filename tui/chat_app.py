@@ -82,6 +82,11 @@ class ChatScreen(Screen[None]):
         self.set_class(self.app.size.width >= WIDE, "-monitor")
         self.pane.input.focus()
 
+    @property
+    def shows_monitor(self) -> bool:
+        """Whether the monitor is on the screen."""
+        return self.has_class("-monitor")
+
     def action_help(self) -> None:
         """Explain the keys."""
         self.app.push_screen(ChatHelp(self._request.is_ascii))
@@ -89,7 +94,7 @@ class ChatScreen(Screen[None]):
     def action_monitor(self) -> None:
         """Show or hide the monitor."""
         self.toggle_class("-monitor")
-        if not self.has_class("-monitor"):
+        if not self.shows_monitor:
             self.pane.input.focus()
 
     def action_stop(self) -> None:
@@ -142,11 +147,13 @@ class ChatApp(App[None]):
         self._request = request
         self._chat_screen = ChatScreen(request)
         self._reader: ScreenReader | None = None
+        self._is_paused = False
         self._chat_thread = threading.Thread(target=self._run_chat, name="chat", daemon=True)
         self._frames = MonitorFeed(
             request.client,
             lambda frame: self.post_message(self.FrameCame(frame)),
             lambda reason: self.post_message(self.EngineEnded(reason)),
+            lambda: self._chat_screen.shows_monitor or self._is_paused,
         )
 
     def get_default_screen(self) -> Screen[None]:
@@ -277,12 +284,20 @@ class ChatApp(App[None]):
     def on_chat_app_frame_came(self, message: FrameCame) -> None:
         """Show it."""
         if self._has_monitor:
+            settings = message.frame.settings
+            self._tell_pause(settings is not None and settings.is_paused)
             self.monitor.show(message.frame)
 
     def on_chat_app_engine_ended(self, message: EngineEnded) -> None:
         """Say so."""
         if self._has_monitor:
+            self._tell_pause(False)
             self.monitor.show_ended(message.reason)
+
+    def _tell_pause(self, is_paused: bool) -> None:
+        """Say it in the chat; while it is so the engine is asked, also behind a hidden monitor."""
+        self._is_paused = is_paused
+        self.pane.status_line.is_paused = is_paused
 
     @property
     def _has_monitor(self) -> bool:

@@ -26,8 +26,8 @@ PgUp, PgDn    earlier and later lines; at the end it follows again
 On the screen
 
 F2            show or hide the monitor of the engine
-Shift-Tab     go to the monitor and back: its keys hold there,
-              and ? explains them
+Shift-Tab     go to the monitor, where it is shown, and back:
+              its keys hold there, and ? explains them
 Ctrl-P        all commands, colours among them
 Ctrl-Z        stop for a while; fg goes on
 mouse         marks text, Ctrl-C copies it; with Shift most

@@ -33,6 +33,7 @@ _BUDGET_S = 0.015  # for laying out what is new, in one change of the screen
 _N_CHARS = 500  # of an answer, between two looks at the clock
 _SHARE = 3  # a change of the screen waits three times as long as the one before took
 _HINT_S = 3.0
+PAUSED = "Paused: p in the monitor goes on."
 BUSY = "An answer is being made: Esc stops it."
 
 
@@ -41,6 +42,7 @@ class StatusLine(Static):
 
     status: reactive[str] = reactive("")
     hint: reactive[str] = reactive("")
+    is_paused: reactive[bool] = reactive(False)  # no token is made until the person goes on
 
     def watch_status(self) -> None:
         """Show it."""
@@ -50,8 +52,13 @@ class StatusLine(Static):
         """Show it."""
         self._show()
 
+    def watch_is_paused(self) -> None:
+        """Show it."""
+        self._show()
+
     def _show(self) -> None:
-        self.update(Content(self.hint or self.status))
+        status = f"{PAUSED} {self.status}".rstrip() if self.is_paused else self.status
+        self.update(Content(self.hint or status))
         self.set_class(bool(self.hint), "-hint")
 
 

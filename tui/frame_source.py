@@ -5,7 +5,7 @@ Knows neither widgets nor what frames mean. The screen may skip frames, the reco
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from threading import Event
+from threading import Event, Lock
 from typing import Protocol
 
 from textual.message import Message
@@ -106,14 +106,33 @@ class ReplaySource:
         self._may_go_on.wait()
 
 
+class OneAtATime:
+    """A recorder for one source after the other: what an earlier one still reads is not kept."""
+
+    def __init__(self, recorder: Recorder) -> None:
+        self._recorder = recorder
+        self._source: FrameSource | None = None
+        self._writing = Lock()
+
+    def begin(self, source: FrameSource) -> None:
+        """From now on only this one's frames are kept."""
+        self._source = source
+
+    def write(self, source: FrameSource, frame: Frame) -> None:
+        """Keep a frame of this source. Raises OptionError when the disk refuses."""
+        with self._writing:
+            if source is self._source:
+                self._recorder.write(frame)
+
+
 def read_frames(
-    source: FrameSource, recorder: Recorder | None, post: Callable[[Message], object]
+    source: FrameSource, recorder: OneAtATime | None, post: Callable[[Message], object]
 ) -> None:
     """Post what comes until nothing does: the work of a thread."""
     try:
         for frame in source.frames():
             if recorder is not None:
-                recorder.write(frame)
+                recorder.write(source, frame)
             post(FrameArrived(frame))
     except BuddyrunError as error:
         post(FramesEnded(str(error)))

@@ -17,10 +17,17 @@ _KEYS = (
     ("+  -", "the budget: how much of the router's weight stand-ins may carry"),
     ("b", "who stands in, from a list"),
     ("p", "pause between two tokens, and go on"),
+    ("Ctrl+P", "all commands, themes among them"),
+)
+_WATCHER_KEYS = (
     ("space", "hold a replay, and go on"),
     ("l", "back to the list of running engines"),
-    ("Ctrl+P", "all commands, themes among them"),
+    ("w", "wait for another engine"),
     ("q", "leave; what is watched goes on"),
+)
+_CHAT_KEYS = (
+    ("Shift+Tab", "to the message and back here"),
+    ("F2", "hide the monitor"),
 )
 _TERMS = (
     ("the map", "a row for each layer, a cell for each expert of it"),
@@ -43,14 +50,15 @@ class HelpScreen(ModalScreen[None]):
         Binding("escape,question_mark,q,f1", "dismiss(None)", "Back", key_display="Esc"),
     ]
 
-    def __init__(self, is_ascii: bool) -> None:
+    def __init__(self, is_ascii: bool, is_in_chat: bool) -> None:
         super().__init__()
+        self._keys = _KEYS + (_CHAT_KEYS if is_in_chat else _WATCHER_KEYS)
         self.set_class(is_ascii, "-ascii")
 
     def compose(self) -> ComposeResult:
         with VerticalScroll(id="help") as box:
             box.border_title = Content("Help, Esc goes back")
-            yield Static(_table("Keys", _KEYS), markup=False)
+            yield Static(_table("Keys", self._keys), markup=False)
             yield Static(_table("Words", _TERMS), markup=False)
             yield Static(
                 "Keys that change a run work where the run was started. Brighter is more in every"

@@ -6,7 +6,7 @@ A window between two frames in which nothing was computed has no rates: None.
 from collections import deque
 
 from runner.client import Frame, StatsRates, StatsSnapshot
-from tui.activity import Activity
+from tui.activity import NAMES, Activity
 
 N_WINDOWS = 240  # 48 seconds at five frames a second: more than a wide screen shows
 
@@ -51,7 +51,17 @@ def _is_same_run(before: Frame, now: Frame) -> bool:
         return False
     if before.stats is None or now.stats is None:
         return True
+    if _lengths(before.stats) != _lengths(now.stats):
+        return False  # a strange recording: what differs in length cannot be compared
     return now.stats.uptime_s >= before.stats.uptime_s and now.stats.n_pairs >= before.stats.n_pairs
+
+
+def _lengths(stats: StatsSnapshot) -> list[object]:
+    """Of all that is counted for each layer or expert."""
+    lengths: list[object] = [len(each) for each in vars(stats).values() if isinstance(each, tuple)]
+    if stats.experts is not None:
+        lengths += [[len(row) for row in getattr(stats.experts, name)] for name in NAMES]
+    return lengths
 
 
 def _rates(before: StatsSnapshot, now: StatsSnapshot) -> StatsRates | None:

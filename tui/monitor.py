@@ -5,7 +5,6 @@ process.
 """
 
 from dataclasses import dataclass, replace
-from functools import partial
 from typing import ClassVar
 
 from textual.app import ComposeResult
@@ -15,12 +14,12 @@ from textual.message import Message
 from textual.reactive import reactive
 from textual.widget import Widget
 
-from runner.client import BuddyrunError, Frame, RunSettings, visible
+from runner.client import Frame, RunSettings, visible
 from tui.heat_grid import HeatGrid, heat_grid
 from tui.help_screen import HelpScreen
 from tui.history import History
 from tui.monitor_layout import MIN_HEIGHT, MIN_WIDTH, room
-from tui.owner import Change, Owner
+from tui.owner import Asker, Change, Owner
 from tui.policy_screen import PolicyScreen
 from tui.views import VIEWS
 from tui.widgets.cell_panel import CellPanel
@@ -85,13 +84,14 @@ class Monitor(Widget):
         self._shape = (0, 0)  # n_layer, n_expert
         self._asked: RunSettings | None = None  # what will be, while the owner is asked
         self._n_asked = 0
+        self._asker = Asker(self._answered)
         self._latest: Frame | None = None  # shown or not
         self._has_ended = False
 
     def compose(self) -> ComposeResult:
         is_ascii = self._is_ascii
         yield TooSmall(MIN_WIDTH, MIN_HEIGHT)
-        yield Headline(is_ascii, id="headline")
+        yield Headline(is_ascii, self.owner is not None, id="headline")
         with Horizontal(id="body"):
             with Vertical(id="left"):
                 yield ViewTabs(id="views")
@@ -111,6 +111,9 @@ class Monitor(Widget):
     def on_mount(self) -> None:
         self.set_class(self._is_ascii, "-ascii")
         self.watch(self.query_one(HeatMap), "scroll_y", self._follow, init=False)
+
+    def on_unmount(self) -> None:
+        self._asker.stop()
 
     def show(self, frame: Frame) -> None:
         """The next moment of an engine; all are counted, not all are drawn."""
@@ -174,7 +177,7 @@ class Monitor(Widget):
 
     def action_help(self) -> None:
         """Explain the screen."""
-        self.app.push_screen(HelpScreen(self._is_ascii))
+        self.app.push_screen(HelpScreen(self._is_ascii, is_in_chat=self.owner is not None))
 
     def action_exact(self) -> None:
         """Let nobody stand in, or let them again."""
@@ -217,20 +220,16 @@ class Monitor(Widget):
         return settings
 
     def _ask(self, settings: RunSettings, change: Change) -> None:
-        """Ask the owner in a thread, one after the other is left to it."""
+        """Ask the owner; the answer comes as a message."""
         assert self.owner is not None
         wanted = {name: value for name, value in vars(change).items() if value is not None}
         self._asked = replace(settings, **wanted)
         self._n_asked += 1
-        self.run_worker(partial(self._ask_in_thread, self.owner, change), thread=True)
+        self._asker.ask(self.owner, change)
 
-    def _ask_in_thread(self, owner: Owner, change: Change) -> None:
-        try:
-            change.ask(owner)
-        except BuddyrunError as error:
-            self.post_message(self.Answered(visible(str(error)), True))
-        else:
-            self.post_message(self.Answered(change.words, False))
+    def _answered(self, words: str, is_refused: bool) -> None:
+        """In the asker's thread."""
+        self.post_message(self.Answered(visible(words), is_refused))
 
     def on_monitor_answered(self, message: Answered) -> None:
         self._n_asked -= 1

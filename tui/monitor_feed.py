@@ -1,12 +1,18 @@
-"""Asks an engine for its frames, five times a second, in a thread of its own. Knows no widget."""
+"""Asks an engine for its frames, in a thread of its own, while somebody sees them. Knows no widget.
+
+Five times a second, but less often where reading a frame takes long, as of a large model: the
+screen's thread needs the interpreter too.
+"""
 
 import threading
+import time
 from collections.abc import Callable
 from typing import Protocol
 
 from runner.client import BuddyrunError, Frame
 
 PERIOD_S = 0.2
+_SHARE = 25  # at most one part in so many of the thread's time is work
 
 
 class FrameSource(Protocol):
@@ -18,17 +24,20 @@ class FrameSource(Protocol):
 
 
 class MonitorFeed:
-    """Hands over every frame, and once why there is none. Both calls come from the thread."""
+    """Hands over every frame, and once why there is none. All three are called in the thread."""
 
     def __init__(
         self,
         source: FrameSource,
         on_frame: Callable[[Frame], object],
         on_end: Callable[[str], object],
+        is_wanted: Callable[[], bool] = lambda: True,
     ) -> None:
         self._source = source
         self._on_frame = on_frame
         self._on_end = on_end
+        self._is_wanted = is_wanted
+        self._ended = ""  # the reason that was handed over last
         self._stopped = threading.Event()
         self._thread = threading.Thread(target=self._run, name="frames", daemon=True)
 
@@ -41,15 +50,22 @@ class MonitorFeed:
         self._stopped.set()
 
     def _run(self) -> None:
-        ended = ""
-        while not self._stopped.wait(PERIOD_S):
-            try:
-                frame = self._source.frame()
-            except BuddyrunError as error:
-                if str(error) != ended and not self._stopped.is_set():
-                    ended = str(error)
-                    self._on_end(ended)
-            else:
-                ended = ""
-                if not self._stopped.is_set():
-                    self._on_frame(frame)
+        wait_s = PERIOD_S
+        while not self._stopped.wait(wait_s):
+            wait_s = PERIOD_S
+            if self._is_wanted():
+                began_s = time.thread_time()
+                self._ask()
+                wait_s = max(wait_s, _SHARE * (time.thread_time() - began_s))
+
+    def _ask(self) -> None:
+        try:
+            frame = self._source.frame()
+        except BuddyrunError as error:
+            if str(error) != self._ended and not self._stopped.is_set():
+                self._ended = str(error)
+                self._on_end(self._ended)
+        else:
+            self._ended = ""
+            if not self._stopped.is_set():
+                self._on_frame(frame)

@@ -8,12 +8,13 @@ from textual.binding import Binding, BindingType
 from textual.screen import Screen
 from textual.widgets import Footer
 
-from runner.client import Recorder, Replay, Running
+from runner.client import Replay, Running
 from tui.frame_source import (
     EngineSource,
     FrameArrived,
     FramesEnded,
     FrameSource,
+    OneAtATime,
     ReplaySource,
     read_frames,
 )
@@ -33,7 +34,7 @@ class MonitorScreen(Screen[str]):
     ]
 
     def __init__(
-        self, watched: Running | Replay, recorder: Recorder | None, is_ascii: bool
+        self, watched: Running | Replay, recorder: OneAtATime | None, is_ascii: bool
     ) -> None:
         super().__init__()
         self._watched = watched
@@ -93,5 +94,7 @@ class MonitorScreen(Screen[str]):
         self._source = (
             ReplaySource(watched) if isinstance(watched, Replay) else EngineSource(watched)
         )
+        if self._recorder is not None:
+            self._recorder.begin(self._source)
         work = partial(read_frames, self._source, self._recorder, self.post_message)
         self.run_worker(work, thread=True, exit_on_error=False)

@@ -10,15 +10,14 @@ from pathlib import Path
 from textual import _ansi_sequences
 from textual.keys import Keys
 
-LEAVING = (signal.SIGTERM, signal.SIGHUP, signal.SIGINT)
-_CHANGED = (
-    *LEAVING,
-    signal.SIGTSTP,
-    signal.SIGCONT,
-    signal.SIGWINCH,
-    signal.SIGTTIN,
-    signal.SIGTTOU,
-)
+
+def _known(*names: str) -> tuple[signal.Signals, ...]:
+    """Those of these signals that this system has."""
+    return tuple(getattr(signal, name) for name in names if hasattr(signal, name))
+
+
+LEAVING = _known("SIGTERM", "SIGHUP", "SIGINT")
+_CHANGED = (*LEAVING, *_known("SIGTSTP", "SIGCONT", "SIGWINCH", "SIGTTIN", "SIGTTOU"))
 _PATIENCE_S = 5.0
 
 

@@ -1,6 +1,7 @@
 """`buddyrun top`: a program that watches engines in other processes, or plays a recording."""
 
 from collections.abc import Iterable
+from functools import partial
 from typing import ClassVar
 
 from textual.app import App, SystemCommand
@@ -9,6 +10,7 @@ from textual.screen import Screen
 
 from runner.client import MonitorRequest, Replay, Running
 from tui.engine_list import EngineList, Find, find_all
+from tui.frame_source import OneAtATime
 from tui.monitor import Monitor
 from tui.monitor_screen import WAIT, MonitorScreen
 from tui.views import VIEWS
@@ -29,6 +31,7 @@ class TopApp(App[None]):
         super().__init__()
         self._request = request
         self._find = find_running
+        self._recorder = OneAtATime(request.recorder) if request.recorder is not None else None
 
     def on_mount(self) -> None:
         self.set_class(self._request.is_ascii, "-ascii")
@@ -59,14 +62,20 @@ class TopApp(App[None]):
             self.screen.query_one(Monitor).action_help()
 
     def _watch(self, watched: Running | Replay) -> None:
-        screen = MonitorScreen(watched, self._request.recorder, self._request.is_ascii)
-        self.push_screen(screen, self._leave_monitor)
+        screen = MonitorScreen(watched, self._recorder, self._request.is_ascii)
+        left = watched if isinstance(watched, Running) else None
+        self.push_screen(screen, partial(self._leave_monitor, left))
 
-    def _leave_monitor(self, towards: str | None) -> None:
-        self._list(tuple(self._find()), is_waiting=towards == WAIT)
+    def _leave_monitor(self, left: Running | None, towards: str | None) -> None:
+        self._list(None, is_waiting=towards == WAIT, left=left)
 
-    def _list(self, running: tuple[Running, ...], is_waiting: bool) -> None:
-        screen = EngineList(running, is_waiting, self._request.is_ascii, self._find)
+    def _list(
+        self,
+        running: tuple[Running, ...] | None,
+        is_waiting: bool,
+        left: Running | None = None,
+    ) -> None:
+        screen = EngineList(running, is_waiting, self._request.is_ascii, self._find, left)
         self.push_screen(screen, self._leave_list)
 
     def _leave_list(self, running: Running | None) -> None:

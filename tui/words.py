@@ -41,7 +41,15 @@ def model_facts(info: ModelInfo) -> str:
 
 
 def phase_text(frame: Frame) -> str:
-    """What the engine does, in words."""
+    """What the engine does, in words. A pause holds the next answer too: it is always said."""
+    is_paused = frame.settings is not None and frame.settings.is_paused
+    if not is_paused:
+        return _doing(frame)
+    is_held = frame.phase in ("paused", "generating")
+    return "paused" if is_held else f"paused; {_doing(frame)}"
+
+
+def _doing(frame: Frame) -> str:
     match frame.phase:
         case "loading":
             done = f", {percent(frame.done / frame.total)}" if frame.total else ""

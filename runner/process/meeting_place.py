@@ -7,6 +7,7 @@ import contextlib
 import os
 import socket
 import stat
+import struct
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
@@ -15,6 +16,8 @@ from runner.errors import OptionError
 HAS_MEETING_PLACE = hasattr(socket, "AF_UNIX")
 MAX_PATH_BYTES = 100  # of a socket: 104 on macOS, 108 on Linux
 _BACKLOG = 16
+_CONNECT_US = 500_000  # an engine that is stopped does not accept, and its queue may be full
+_CONNECT_TIME = struct.pack("ll", 0, _CONNECT_US)  # a `timeval`
 _SUFFIX = ".sock"
 
 
@@ -62,9 +65,11 @@ def pids(place: Path) -> list[int]:
 
 
 def call(place: Path, pid: int) -> socket.socket:
-    """Connect to the engine `pid`. Raises OSError when it is gone."""
+    """Connect to the engine `pid`. Raises OSError when it is gone or does not accept."""
     caller = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     try:
+        # Not `settimeout`, with which a full queue is an error at once.
+        caller.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, _CONNECT_TIME)
         caller.connect(str(path_of(place, pid)))
     except OSError:
         caller.close()
@@ -90,11 +95,23 @@ def _alive(place: Path) -> Iterator[int]:
     for path in place.glob(f"*{_SUFFIX}"):
         if not (path.stem.isascii() and path.stem.isdecimal()):
             continue
-        if _is_running(int(path.stem)):
-            yield int(path.stem)
+        pid = int(path.stem)
+        if _is_running(pid) or not _refuses(place, pid):
+            yield pid
         else:
             with contextlib.suppress(OSError):
                 path.unlink()
+
+
+def _refuses(place: Path, pid: int) -> bool:
+    """Whether nobody listens. A process that this one cannot see may, as in another container."""
+    try:
+        call(place, pid).close()
+    except ConnectionRefusedError:
+        return True
+    except OSError:  # its queue is full, or the socket is gone by now
+        pass
+    return False
 
 
 def _is_running(pid: int) -> bool:

@@ -2,8 +2,10 @@
 
 import os
 import signal
+import subprocess
 import sys
 import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -95,6 +97,33 @@ def test_a_killed_engine_ends_the_frames_and_is_not_found_again(client: Client) 
             pass
     client.close()
     assert running() == []
+
+
+def test_engines_that_do_not_answer_cost_a_moment_together(client: Client) -> None:
+    place = meeting_place.directory(os.environ)
+    stuck = [subprocess.Popen(["sleep", "60"]) for _ in range(3)]
+    listeners = [meeting_place.open_socket(place, each.pid) for each in stuck]
+    full = [meeting_place.call(place, stuck[0].pid) for _ in range(17)]
+    began_s = time.monotonic()
+    try:
+        assert [each.pid for each in running()] == [client.pid]
+        assert time.monotonic() - began_s < 3.0
+        with pytest.raises(OptionError, match=f"the engine {stuck[0].pid} takes no viewer"):
+            Watch(stuck[0].pid)
+        assert all(meeting_place.path_of(place, each.pid).exists() for each in stuck)
+    finally:
+        for process in stuck:
+            process.kill()
+            process.wait()
+        for each in (*listeners, *full):
+            each.close()
+
+
+def test_a_process_that_listens_no_more_is_not_listed(environment: Path) -> None:
+    place = meeting_place.directory(os.environ)
+    meeting_place.open_socket(place, os.getpid()).close()
+    assert running() == []
+    assert meeting_place.path_of(place, os.getpid()).exists()
 
 
 def test_watching_can_be_ended_from_another_thread(client: Client) -> None:

@@ -17,6 +17,7 @@ from runner.client import (
     LineHistory,
     ModelInfo,
     PromptProgress,
+    RunSettings,
     TextPiece,
     WorkerDiedError,
 )
@@ -43,6 +44,7 @@ class FakeClient:
         self.requests: list[GenerateRequest] = []
         self.n_restarts = 0
         self.n_frames = 0
+        self.settings: RunSettings | None = None
         self.is_dead = False
         self.restart_hold: Hold | None = None
         self._cancelled = threading.Event()
@@ -96,7 +98,14 @@ class FakeClient:
         if self.is_dead:
             raise WorkerDiedError("The engine was killed (SIGKILL).")
         self.n_frames += 1
-        return Frame(pid=1, owner_pid=2, version="0", time_s=self.n_frames / 5, phase="ready")
+        return Frame(
+            pid=1,
+            owner_pid=2,
+            version="0",
+            time_s=self.n_frames / 5,
+            phase="ready",
+            settings=self.settings,
+        )
 
     def change(self, **_: Any) -> None:
         raise AssertionError("nobody asked for a change")

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 from textual.pilot import Pilot
 
-from runner.client import LineHistory, PromptProgress, WorkerDiedError
+from runner.client import LineHistory, PromptProgress, RunSettings, WorkerDiedError
 from tests.runner.chat_fakes import result
 from tests.tui.chat_fakes import FakeClient, Hold, request
 from tests.tui.screens import app_of, shown, until, until_ready, until_shown
@@ -52,8 +52,21 @@ async def test_shift_tab_goes_to_the_monitor_and_escape_back() -> None:
         assert app.focused is not None and app.monitor in app.focused.ancestors
         await pilot.press("escape")
         assert app.pane.input.has_focus
+        await pilot.press("shift+tab", "shift+tab")
+        assert app.pane.input.has_focus
         await pilot.press("shift+tab", "f2")
         assert app.pane.input.has_focus
+
+
+async def test_the_monitors_help_in_a_chat_has_only_keys_that_are_there() -> None:
+    app = ChatApp(request(FakeClient()))
+    async with app.run_test(size=(120, 60)) as pilot:
+        await until_ready(pilot)
+        await pilot.press("shift+tab", "question_mark")
+        await until_shown(pilot, "F2             hide the monitor")
+        screen = shown(app)
+        assert "hold a replay" not in screen and "list of running" not in screen
+        assert "what is watched goes on" not in screen
 
 
 async def test_pages_are_turned_and_the_end_is_followed_again_there() -> None:
@@ -364,13 +377,32 @@ async def test_the_monitor_is_beside_the_chat_where_there_is_room() -> None:
         assert app.monitor.owner is app._request.client
 
 
-async def test_frames_come_five_times_a_second() -> None:
+async def test_frames_come_five_times_a_second_while_the_monitor_is_shown() -> None:
     client = FakeClient()
-    async with ChatApp(request(client)).run_test(size=SIZE) as pilot:
+    async with ChatApp(request(client)).run_test(size=(120, 40)) as pilot:
         await until_ready(pilot)
         begin = client.n_frames
         await pilot.pause(1.1)
         assert 3 <= client.n_frames - begin <= 6
+        await pilot.press("f2")
+        await pilot.pause(0.3)  # one may be on its way
+        begin = client.n_frames
+        await pilot.pause(0.6)
+        assert client.n_frames == begin
+        await pilot.press("f2")
+        await until(pilot, lambda: client.n_frames > begin)
+
+
+async def test_a_pause_is_said_in_the_chat_too_also_when_the_monitor_is_hidden() -> None:
+    client = FakeClient()
+    client.settings = RunSettings(False, "router", 0.08, is_paused=True)
+    async with ChatApp(request(client)).run_test(size=(120, 40)) as pilot:
+        await until_ready(pilot)
+        await until_shown(pilot, "Paused: p in the monitor goes on.")
+        await until_shown(pilot, "paused; waits for a message  p goes on")
+        await pilot.press("f2")
+        client.settings = RunSettings(False, "router", 0.08, is_paused=False)
+        await until(pilot, lambda: "Paused" not in shown(app_of(pilot)))
 
 
 @pytest.mark.parametrize("size", ((20, 5), (1, 1), (10, 40), (300, 3)))

@@ -44,6 +44,23 @@ def test_an_engine_that_was_started_again_begins_anew() -> None:
     assert history.trend == ()
 
 
+@pytest.mark.parametrize("name", ["hit", "bytes_read", "missed", "used"])
+def test_counts_of_another_length_begin_anew(name: str) -> None:
+    engine, history = FakeEngine(), History()
+    for frame in engine.frames(2):
+        history.add(frame)
+    stats = engine.stats()
+    if name in ("missed", "used"):
+        assert stats.experts is not None
+        grid = getattr(stats.experts, name)
+        shorter = {name: (grid[0][1:], *grid[1:])}
+        stats = replace(stats, experts=replace(stats.experts, **shorter))
+    else:
+        stats = replace(stats, **{name: getattr(stats, name)[1:]})
+    history.add(replace(engine.frame(), stats=stats))
+    assert history.trend == ()
+
+
 def test_a_frame_without_a_model_makes_no_window() -> None:
     engine, history = FakeEngine(), History()
     history.add(replace(engine.frame(), phase="loading", stats=None))

@@ -1,6 +1,7 @@
 """Every key of the monitor, with an engine that only counts and an owner that only listens."""
 
 import threading
+import time
 
 import pytest
 from textual.pilot import Pilot
@@ -24,8 +25,12 @@ SIZE = (120, 40)
 
 
 async def settled(pilot: Pilot[None]) -> None:
-    """Wait until all threads have answered and everything is drawn."""
-    await pilot.app.workers.wait_for_complete()
+    """Wait until the owner has answered and everything is drawn."""
+    assert isinstance(pilot.app, MonitorApp)
+    until_s = time.monotonic() + 20
+    while pilot.app.monitor._n_asked:
+        assert time.monotonic() < until_s, "the owner never answered"
+        await pilot.pause(0.01)
     await pilot.pause()
 
 
@@ -141,7 +146,7 @@ async def test_a_key_changes_the_run(keys: list[str], asked: list[dict[str, obje
         app.monitor.show(engine.frame())
         await pilot.press(*keys)
         await settled(pilot)
-        assert sorted(owner.asked, key=str) == sorted(asked, key=str)
+        assert owner.asked == asked
         assert len(app._notifications) == len(asked)
 
 
@@ -162,7 +167,7 @@ async def test_keys_that_come_faster_than_answers_are_all_counted() -> None:
         await pilot.press("plus")
         may_answer.set()
         await settled(pilot)
-        assert sorted(each["buddy_budget"] for each in owner.asked) == [0.09, 0.1, 0.11, 0.12]
+        assert [each["buddy_budget"] for each in owner.asked] == [0.09, 0.1, 0.11, 0.12]
 
 
 async def test_the_budget_ends_at_nothing_and_at_everything() -> None:
@@ -195,6 +200,35 @@ async def test_what_the_owner_refuses_is_said_and_nothing_changes() -> None:
         await pilot.press("plus")
         await settled(pilot)
         assert owner.asked == [{"buddy_budget": 0.09}] * 2
+
+
+async def test_a_bug_in_the_owner_is_said_and_the_screen_stays() -> None:
+    engine = FakeEngine()
+    app = MonitorApp(FakeOwner(engine, KeyError("a bug")))
+    async with app.run_test(size=SIZE) as pilot:
+        app.monitor.show(engine.frame())
+        await pilot.press("e")
+        await settled(pilot)
+        (notification,) = app._notifications
+        assert "KeyError: 'a bug'" in notification.message and app.is_running
+
+
+async def test_an_owner_that_never_answers_does_not_keep_the_program_from_ending() -> None:
+    engine, may_answer = FakeEngine(), threading.Event()
+    threads: list[threading.Thread] = []
+
+    class StuckOwner(FakeOwner):
+        def change(self, *values: object) -> None:  # type: ignore[override]
+            threads.append(threading.current_thread())
+            may_answer.wait(20)
+
+    app = MonitorApp(StuckOwner(engine))
+    async with app.run_test(size=SIZE) as pilot:
+        app.monitor.show(engine.frame())
+        await pilot.press("p", "p")
+        await pilot.pause(0.1)
+    assert len(threads) == 1 and threads[0].is_alive() and threads[0].daemon
+    may_answer.set()
 
 
 @pytest.mark.parametrize("key", ["e", "plus", "minus", "b", "p"])
@@ -237,6 +271,7 @@ async def test_a_question_mark_explains_and_escape_goes_back() -> None:
         assert isinstance(app.screen, HelpScreen)
         await pilot.pause()
         assert "exact: nobody stands in" in screen_text(app)
+        assert "back to the list of running engines" in screen_text(app)
         await pilot.press("escape")
         assert not isinstance(app.screen, HelpScreen)
 

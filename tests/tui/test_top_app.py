@@ -1,6 +1,7 @@
 """`buddyrun top`'s screens: real sockets and recordings, frames of an engine that only counts."""
 
 import os
+import threading
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -12,7 +13,7 @@ from textual.widgets import OptionList
 from runner.frames import Frame
 from runner.recording import Recorder, Replay
 from runner.screens import MonitorRequest
-from runner.watch import find
+from runner.watch import Running, find
 from tests.tui.fake_engine import FakeEngine
 from tests.tui.monitor_app import screen_text
 from tests.tui.socket_engine import SocketEngine
@@ -87,6 +88,7 @@ async def test_of_several_one_is_chosen_and_another_afterwards(
         await until(pilot, says(pilot, f"{found[1].name}  Q4_K"))
         await pilot.press("l")
         await until(pilot, lambda: isinstance(app.screen, EngineList))
+        await until(pilot, says(pilot, found[0].name))
         await pilot.press("enter")
         await until(pilot, says(pilot, f"{found[0].name}  Q4_K"))
 
@@ -234,3 +236,76 @@ async def test_themes_change_colours_and_break_nothing(theme: str, tmp_path: Pat
         await pilot.press("2", "down")
         await pilot.pause()
         assert "Recorded" in screen_text(app)
+
+
+class StuckFind:
+    """Looks for engines and does not come back until it is let."""
+
+    def __init__(self) -> None:
+        self.may_answer = threading.Event()
+        self.threads: list[threading.Thread] = []
+
+    def __call__(self) -> list[Running]:
+        self.threads.append(threading.current_thread())
+        self.may_answer.wait(20)
+        return []
+
+
+async def test_a_look_that_does_not_come_back_is_the_only_one_and_q_leaves() -> None:
+    find_running = StuckFind()
+    app = TopApp(MonitorRequest(), find_running)
+    async with app.run_test(size=SIZE) as pilot:
+        await pilot.press("r", "r", "r")
+        await pilot.press("q")
+        await until(pilot, lambda: not app.is_running)
+    assert len(find_running.threads) == 1
+    assert find_running.threads[0].is_alive() and find_running.threads[0].daemon
+    find_running.may_answer.set()
+
+
+async def test_the_list_is_there_at_once_and_keys_work_while_it_looks(
+    engines: Callable[..., SocketEngine],
+) -> None:
+    engines(MINE, "Only one")
+    find_running = StuckFind()
+    app = TopApp(MonitorRequest(tuple(find(None))), find_running)
+    async with app.run_test(size=SIZE) as pilot:
+        await until(pilot, says(pilot, "Only one"))
+        await pilot.press("l")
+        await until(pilot, says(pilot, "Looking for engines"))
+        assert not find_running.may_answer.is_set()
+        find_running.may_answer.set()
+        await until(pilot, says(pilot, "No buddyrun of this user is running"))
+
+
+async def test_an_engine_that_ended_before_it_was_chosen_is_not_chosen() -> None:
+    frame = FakeEngine(pid=MINE, name="Ended").frame()
+    app = TopApp(MonitorRequest(), lambda: [])
+    async with app.run_test(size=SIZE) as pilot:
+        screen = EngineList((Running(frame),), False, False, lambda: [])
+        await app.push_screen(screen)
+        choices = screen.query_one(OptionList)
+        chosen = OptionList.OptionSelected(choices, choices.get_option_at_index(0), 0)
+        screen._engines = {}
+        screen.post_message(chosen)
+        await pilot.pause()
+        assert app.screen is screen and app.is_running
+
+
+ENDED = Running(FakeEngine(pid=MINE, name="Ended").frame())
+AGAIN = Running(replace(FakeEngine(pid=MY_PARENT).frame(), owner_pid=ENDED.frame.owner_pid))
+OTHER = Running(FakeEngine(pid=77, name="Other").frame())
+
+
+@pytest.mark.parametrize("found, shown", [([AGAIN], [AGAIN]), ([ENDED, OTHER], [])])
+async def test_who_waits_is_shown_what_a_program_started_in_place_of_its_engine(
+    found: list[Running], shown: list[Running]
+) -> None:
+    app = TopApp(MonitorRequest(), lambda: found)
+    chosen: list[Running | None] = []
+    async with app.run_test(size=SIZE) as pilot:
+        screen = EngineList(None, True, False, lambda: found, left=ENDED)
+        await app.push_screen(screen, chosen.append)
+        await until(pilot, lambda: screen._known is not None)
+        await pilot.pause()
+        assert chosen == shown

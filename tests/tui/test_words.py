@@ -3,6 +3,7 @@
 from dataclasses import replace
 
 from runner.expert_counts import ExpertCounts
+from runner.frames import RunSettings
 from tests.tui.fake_engine import FakeEngine
 from tui.words import cell_words, figure, model_name, phase_text, short_percent, shown
 
@@ -64,6 +65,14 @@ def test_a_phase_is_said_with_how_far_it_is() -> None:
     )
     assert phase_text(replace(frame, phase="measuring", stage="pp512")) == "measuring pp512"
     assert phase_text(replace(frame, phase="loading")) == "loading"
+
+
+def test_a_pause_is_said_whatever_the_engine_does() -> None:
+    frame = FakeEngine(settings=RunSettings(False, "router", 0.08, True)).frame()
+    phases = ("ready", "paused", "generating", "prompt", "measuring")
+    words = [phase_text(replace(frame, phase=phase)) for phase in phases]
+    assert words[:3] == ["paused; waits for a message", "paused", "paused"]
+    assert all(each.startswith("paused; ") for each in words[3:])
 
 
 def test_a_name_from_outside_cannot_reach_the_terminal() -> None:

@@ -17,6 +17,10 @@ class Headline(Panel):
     rates: reactive[StatsRates | None] = reactive[StatsRates | None](None, repaint=False)
     ended: reactive[str] = reactive("")  # why no frame follows, in words
 
+    def __init__(self, is_ascii: bool, is_mine: bool, id: str | None = None) -> None:
+        super().__init__(is_ascii, id=id)
+        self._is_mine = is_mine  # the run can be changed here
+
     def watch_ended(self) -> None:
         self.redraw()
 
@@ -41,6 +45,8 @@ class Headline(Panel):
         if self.ended:
             return self._end()
         parts = [Content.styled(shown(phase_text(frame), self.is_ascii), "bold")]
+        if self._is_mine and frame.settings is not None and frame.settings.is_paused:
+            parts.append(Content("p goes on"))
         if frame.total and frame.phase in ("loading", "prompt", "measuring"):
             filled, rest = gauge(frame.done / frame.total, _GAUGE_WIDTH, self.is_ascii)
             parts.append(Content.assemble((filled, "$text-accent"), (rest, "$text-disabled")))

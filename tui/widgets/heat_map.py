@@ -68,7 +68,6 @@ class HeatMap(ScrollView, can_focus=True):
         self._is_ascii = is_ascii
         self._strips: dict[int, Strip] = {}
         self._base: Style | None = None
-        self.n_drawn = 0  # rows made anew since the start: what a test counts
 
     def make_room(
         self, n_layer: int, n_expert: int, width: int, n_rows: int, cell_width: int
@@ -141,7 +140,6 @@ class HeatMap(ScrollView, can_focus=True):
         width = self.size.width
         if row >= self.places.n_rows or len(self.grid.rows) != self.places.n_layer:
             return Strip.blank(width, self._base)
-        self.n_drawn += 1
         upper, lower = self.places.layers_of(row)
         label = self._label(upper, lower, self._base)
         strip = Strip([label, *self._cells(upper, lower)], self.places.width)

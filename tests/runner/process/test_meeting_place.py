@@ -1,9 +1,11 @@
 """Where engines are found: real sockets and directories, also those of others and of the dead."""
 
+import contextlib
 import os
 import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -55,6 +57,32 @@ def test_what_a_killed_engine_left_is_removed_and_a_full_queue_is_not(place: Pat
         assert not meeting_place.path_of(place, gone).exists()
         for caller in callers:
             caller.close()
+
+
+def test_an_engine_whose_process_cannot_be_seen_is_found_while_it_listens(place: Path) -> None:
+    unseen = dead_pid()
+    with meeting_place.open_socket(place, unseen):
+        assert meeting_place.pids(place) == [unseen]
+        callers = []
+        for _ in range(40):  # more than its queue takes
+            caller = socket.socket(socket.AF_UNIX)
+            caller.setblocking(False)
+            caller.connect_ex(str(meeting_place.path_of(place, unseen)))
+            callers.append(caller)
+        assert meeting_place.pids(place) == [unseen]
+        for caller in callers:
+            caller.close()
+    assert meeting_place.pids(place) == []
+    assert not meeting_place.path_of(place, unseen).exists()
+
+
+def test_who_does_not_accept_is_not_waited_for(place: Path) -> None:
+    with meeting_place.open_socket(place, os.getpid()), contextlib.ExitStack() as callers:
+        began_s = time.monotonic()
+        with pytest.raises(OSError):
+            for _ in range(40):
+                callers.enter_context(meeting_place.call(place, os.getpid()))
+        assert time.monotonic() - began_s < 5.0
 
 
 def test_a_socket_of_an_earlier_process_of_the_same_number_is_replaced(place: Path) -> None:
