@@ -19,7 +19,7 @@ from runner.engine_client import Client
 from runner.protocol import GenerateResult
 from tests.paths import DEMO, ROOT
 
-N_TOKENS = 1500
+N_TOKENS = 900
 TURNS = (0, 1, 10)
 VIEWER = """
 import sys
