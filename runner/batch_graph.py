@@ -43,6 +43,7 @@ class BatchGraph:
         self._is_after_passes = False  # the experts of the routed layer were computed in passes
         self._whole: dict[bool, TokenGraph] = {}  # all layers at once, by `is_restricted`
         self._is_whole_done = False
+        self._chosen_port: HostPort | None = None
         self.compute_ns = 0  # time inside ggml since the last `begin`
         self._make_ports()
 
@@ -109,9 +110,10 @@ class BatchGraph:
 
     def chosen(self) -> np.ndarray:
         """What the free router of `run_whole` chose, (n_layer, n_expert_used) int32."""
-        config = self._parts.config
-        shape = config.n_layer, config.n_expert_used
-        return self._port(self._parts.state.chosen, shape, np.int32).download()
+        if self._chosen_port is None:
+            chosen = self._parts.state.chosen
+            self._chosen_port = self._port(chosen, (chosen.shape[1], chosen.shape[0]), np.int32)
+        return self._chosen_port.download()[:, : self._parts.config.n_expert_used]
 
     def route(self, layer: int) -> np.ndarray:
         """Run up to and including the router of `layer`.

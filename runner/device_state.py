@@ -21,6 +21,7 @@ from runner.weights import ExpertSlabs, Weights
 _F32 = GGML_TYPES_BY_NAME["F32"].id
 _F16 = GGML_TYPES_BY_NAME["F16"].id
 _I32 = GGML_TYPES_BY_NAME["I32"].id
+_ROW = 64  # numbers; Vulkan's devices want at most 256 bytes
 _I64 = GGML_TYPES_BY_NAME["I64"].id
 
 
@@ -70,7 +71,7 @@ class DeviceState:
         self.slot_ids = context.tensor(_I32, pairs, n_batch)
         self.weights = context.tensor(_F32, pairs, n_batch)
         self.scores = context.tensor(_F32, scores, n_batch)
-        self.chosen = context.tensor(_I32, pairs, config.n_layer)  # of a whole token
+        self.chosen = context.tensor(_I32, _padded_row(pairs), config.n_layer)  # of a whole token
         self.predicted_ids = context.tensor(_I32, pairs, 1)
         self.logits = context.tensor(_F32, config.n_vocab)
         n_pairs = pairs * n_batch if has_passes else 1
@@ -116,11 +117,14 @@ class DeviceState:
 
     def lone_router(self, g: Graph, layer: int) -> RouterTensors:
         """The same of one token, whose expert ids stay when the next layer is routed."""
-        ids = g.view_2d(
-            self.chosen, self.chosen.shape[0], 1, self.chosen.strides[1],
-            layer * self.chosen.strides[1],
-        )  # fmt: skip
+        row_bytes = self.chosen.strides[1]
+        ids = g.view_2d(self.chosen, self.slot_ids.shape[0], 1, row_bytes, layer * row_bytes)
         return replace(self.router(g, 1), expert_ids=ids)
+
+
+def _padded_row(n: int) -> int:
+    """At least n numbers of 4 bytes, so that every row begins where a device lets a view begin."""
+    return -(-n // _ROW) * _ROW
 
 
 @dataclass(frozen=True)

@@ -9,6 +9,7 @@ import re
 from dataclasses import dataclass
 
 MAX_PART = 700  # characters; what is worst in Markdown takes 0.02 s for so many
+_TELLING = 16  # characters of a line that tell which block it begins
 
 _FENCE = re.compile(r"\s*(?:[-*+]\s+|\d{1,9}[.)]\s+)?(`{3,}|~{3,})")
 _ITEM = re.compile(r" {0,3}(?:[-*+]|\d{1,9}[.)])(?:[ \t]+|$)")
@@ -48,7 +49,8 @@ class PartSplitter:
         *lines, self._rest = (self._rest + text).split("\n")
         for line in lines:
             self._take(line)
-        if self._n_chars + len(self._rest) > MAX_PART and self._rest.strip():
+        is_known = bool(self._begun) or len(self._rest.lstrip()) > _TELLING
+        if self._n_chars + len(self._rest) > MAX_PART and is_known:
             self._take_begin()
         finished, self._finished = self._finished, []
         return finished
