@@ -14,6 +14,7 @@ import pytest
 
 from runner.batch_graph import BatchGraph
 from runner.engine import Engine
+from runner.expert_pass import Numbers
 from runner.miss_policy import DROPPED, RoutingPlan
 from runner.residency import Residency
 from runner.stats import StatsSnapshot
@@ -109,8 +110,8 @@ class Books:
         assert weights is None or np.array_equal(weights, served.weights)
         assert (served.weights[served.plan.experts == DROPPED] == 0).all()
 
-    def look_at_pass(self, layer: int, on_host: bool, pairs: np.ndarray, slots: np.ndarray) -> None:
-        served = self.open[-1]
+    def look_at_pass(self, layer: int, on_host: bool, pairs: Numbers, slots: Numbers) -> None:
+        served, slots = self.open[-1], np.asarray(slots)
         assert layer == served.layer
         served.n_computed.ravel()[pairs] += 1
         planned = served.plan.experts.ravel()[pairs]
@@ -177,18 +178,16 @@ def watched(engine: Engine) -> Iterator[Books]:
         books.look_at_weights(weights)
         apply_passes(graph, weights)
 
-    def look_run(
-        layer: int, on_host: bool, pairs: np.ndarray, slots: np.ndarray, n_tokens: int
-    ) -> int:
+    def look_run(layer: int, on_host: bool, pairs: Numbers, slots: Numbers, n_tokens: int) -> int:
         books.look_at_pass(layer, on_host, pairs, slots)
         return run(layer, on_host, pairs, slots, n_tokens)
 
     def look_run_beside(
         layer: int,
-        pairs: np.ndarray,
-        slots: np.ndarray,
-        host_pairs: np.ndarray,
-        experts: np.ndarray,
+        pairs: Numbers,
+        slots: Numbers,
+        host_pairs: Numbers,
+        experts: Numbers,
         n_tokens: int,
     ) -> int:
         books.look_at_pass(layer, False, pairs, slots)
