@@ -520,7 +520,7 @@ def test_after_200_kills_at_random_moments_no_bad_file_is_seen_and_what_came_is_
         else:
             n_kept += partial_bytes(home, repo) - n_before
     print(f"{n_kills} kills, {n_finished} files finished, kept {n_kept / n_came:.2%} of {n_came}")
-    assert n_finished > 10  # a busy machine is killed before the end more often
+    assert n_finished > 50
     assert n_kept >= 0.95 * n_came
 
 
