@@ -12,32 +12,21 @@ from pathlib import Path
 
 import numpy as np
 
-from quant.ggml import Backend
-from quant.gguf_file import GGUFFile
-from runner import loading, miss_policy
+from runner import miss_policy
 from runner.batch_graph import BatchGraph
 from runner.checks.file_check import check_unchanged
-from runner.checks.read_model import read_model
 from runner.config import EngineConfig
 from runner.device_memory import DeviceMemory
 from runner.device_state import BatchShape
-from runner.devices import choose_device
-from runner.engine_limits import choose_limits
-from runner.errors import CancelledError, OutOfMemoryError
-from runner.experts.cache_plan import CachePlan, plan_cache
-from runner.experts.device_plan import plan_device, with_fewer_slots
-from runner.experts.expert_runner import ExpertRunner
-from runner.experts.miss_planner import MissPlanner
-from runner.graph_cache import GraphCache
-from runner.hardware import available_memory_bytes
-from runner.kv_cache import padded_context
+from runner.errors import CancelledError
 from runner.layer_trace import LayerTrace, trace_of
 from runner.miss_policy import RoutingPlan
-from runner.model_sizes import model_sizes
+from runner.placement import open_model, place
 from runner.quality.quality_meter import QualityMeter
 from runner.quality.verifier import Verifier
+from runner.standins.budget import Budget
 from runner.standins.choose_policy import ChosenPolicy, choose_policy
-from runner.stats import StatsRecorder, StatsSnapshot
+from runner.stats import StatsSnapshot
 from runner.text_context import TextContext
 
 Progress = Callable[[str, int, int], None]
@@ -69,107 +58,22 @@ class Engine:
         report = on_progress or (lambda stage, done, total: None)
         self.config = config
         with ExitStack() as owned:
-            self.file = owned.enter_context(GGUFFile.open(path))
-            self.model_config = model = read_model(self.file)
-            self._limits = limits = choose_limits(config, model)
-            self._host = owned.enter_context(Backend.cpu(limits.n_threads))
-            chosen = choose_device(config.device)
-            self.backend = self._host
-            if chosen.device.kind != "cpu":
-                self.backend = owned.enter_context(Backend.on(chosen.device))
-            notes = model.notes + limits.notes
-            self.warnings = chosen.notes
-            self._load(self._plan(), notes, owned, report, cancelled)
+            opened = open_model(path, config, owned)
+            self._placed = placed = place(opened, report, cancelled, owned)
             self._owned = owned.pop_all()
-        self._context = TextContext(self._parts, limits.n_ctx, config.n_keep, config.context_shift)
+        self.file, self.model_config, self.backend = opened.file, opened.model, opened.backend
+        self.cache_plan, self.buddies = placed.plan, placed.standins
+        self.warnings, self.notes = opened.warnings, opened.notes + placed.notes
+        self._host, self._limits = opened.host, opened.limits
+        self._parts, self._cache, self._usage = placed.parts, placed.cache, placed.usage
+        self._graphs, self._stats = placed.graphs, placed.stats
+        self._planner, self._experts = placed.planner, placed.experts
+        self._context = TextContext(
+            self._parts, self._limits.n_ctx, config.n_keep, config.context_shift
+        )
         self._meter = QualityMeter()
+        self._budget = _budget_of(self.buddies)
         self._verifier = self._make_verifier()
-
-    def _load(
-        self,
-        plan: CachePlan,
-        notes: tuple[str, ...],
-        owned: ExitStack,
-        report: Progress,
-        cancelled: Cancelled,
-    ) -> None:
-        """Bring the model into memory by this plan, or with fewer slots when a device has less
-        memory than it said; `owned` closes it."""
-        while True:
-            try:
-                with ExitStack() as placed:
-                    self.notes = notes
-                    self._place(plan, placed, report, cancelled)
-                    owned.enter_context(placed.pop_all())
-                return
-            except OutOfMemoryError:
-                sizes = model_sizes(self.file, self.model_config)
-                fewer = with_fewer_slots(plan, sizes) if plan.is_on_device else None
-                if fewer is None:
-                    raise
-                plan = fewer
-
-    def _place(
-        self, plan: CachePlan, owned: ExitStack, report: Progress, cancelled: Cancelled
-    ) -> None:
-        """Make everything that has memory, slots for experts first."""
-        config, model, limits, backend = self.config, self.model_config, self._limits, self.backend
-        self.cache_plan = plan
-        self.buddies = choose_policy(config, self.file, model, plan.n_slots)
-        self.notes += plan.notes + self.buddies.notes
-        self.notes += loading.page_in_weights(self.file, plan, report, cancelled)
-        policy = self.buddies.policy
-        self._budget = policy.budget if policy is not None else None
-        self._stats = StatsRecorder(
-            model.n_layer, plan.n_slots, self.buddies.name, self.buddies.budget, model.n_expert
-        )
-        self._cache = loading.make_cache(backend, self.file, model, config.moe_cache_policy, plan)
-        if self._cache is not None:
-            owned.callback(self._cache.close)
-        self._usage = loading.open_usage(config, self.file, model, self._cache, self.buddies.uses)
-        self._parts = loading.allocate(
-            backend, self._host, self.file, model, limits, self._cache, owned
-        )
-        self._parts.weights.upload(backend, report, cancelled)
-        self.notes += loading.scattered_notes(self._parts.weights)
-        largest = BatchShape(limits.n_batch, padded_context(limits.n_ctx))
-        self._graphs = GraphCache(self._parts, largest)
-        owned.callback(self._graphs.close)
-        self._planner = self._make_planner()
-        self._experts = self._make_runner()
-
-    def _plan(self) -> CachePlan:
-        """How many slots for experts the memory takes, of the device or of the host."""
-        sizes, available = model_sizes(self.file, self.model_config), available_memory_bytes()
-        settings = (self.config, self.model_config, sizes, self._limits.n_ctx, self._limits.n_batch)
-        if self.backend.is_host:
-            return plan_cache(*settings, available)
-        return plan_device(*settings, self.backend.device, available)
-
-    def _make_planner(self) -> MissPlanner | None:
-        if self._cache is None:
-            return None
-        return MissPlanner(
-            self._cache,
-            self._graphs.passes,
-            self.config.moe_miss,
-            self.buddies.policy,
-            self.config.counts_weight,
-        )
-
-    def _make_runner(self) -> ExpertRunner | None:
-        if self._cache is None or self._planner is None:
-            return None
-        runner = ExpertRunner(
-            self._cache,
-            self._graphs.passes,
-            self._stats,
-            self._planner,
-            counts_uses=self._usage is not None,
-        )
-        runner.measure_costs()
-        runner.start_filling()
-        return runner
 
     def _make_verifier(self) -> Verifier | None:
         if self._budget is None or not self.config.verify_every:
@@ -197,7 +101,7 @@ class Engine:
         """From the next token on this policy, with a budget of which nothing is spent yet. Where
         nobody stands in any more, the next prompt computes anew what stand-ins had computed."""
         self.buddies = chosen
-        self._budget = chosen.policy.budget if chosen.policy is not None else None
+        self._budget = _budget_of(chosen)
         self._stats.set_buddies(chosen.name, chosen.budget)
         if self._planner is not None:
             self._planner.set_buddies(chosen.policy)
@@ -223,18 +127,7 @@ class Engine:
 
     def device_memory(self) -> DeviceMemory | None:
         """Where a GPU's memory went at load; None on the CPU."""
-        if self.backend.is_host:
-            return None
-        device = self.backend.device
-        return DeviceMemory(
-            name=device.name,
-            weights_bytes=self._parts.weights.n_device_bytes,
-            kv_bytes=self._parts.kv.n_bytes,
-            compute_bytes=self._graphs.n_bytes + self._parts.state.n_bytes,
-            slots_bytes=self._cache.n_bytes if self._cache is not None else 0,
-            free_before_bytes=self.cache_plan.available_bytes or 0,
-            free_bytes=device.memory_bytes()[0],
-        )
+        return self._placed.device_memory()
 
     @property
     def ggml_version(self) -> str:
@@ -463,3 +356,7 @@ class Engine:
     def _passes_and_wait_ns(self) -> tuple[int, int]:
         wait_ns = self._experts.wait_ns if self._experts is not None else 0
         return self._graphs.passes.compute_ns, wait_ns
+
+
+def _budget_of(chosen: ChosenPolicy) -> Budget | None:
+    return chosen.policy.budget if chosen.policy is not None else None

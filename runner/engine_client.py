@@ -1,22 +1,19 @@
 """What the terminal's process knows of the engine: requests, their replies, a worker's death."""
 
-import itertools
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
-from queue import Empty, SimpleQueue
 from types import TracebackType
 from typing import Any, Self
 
-from runner import errors, protocol
+from runner import protocol
 from runner.config import MOE_CACHE_AUTO, EngineConfig, GenerateRequest
 from runner.doctor_report import DoctorReport
 from runner.errors import (
     BuddyrunError,
     CancelledError,
-    InternalError,
     OptionError,
     OutOfMemoryError,
     ProfileError,
@@ -24,7 +21,7 @@ from runner.errors import (
 )
 from runner.frames import Frame, RunSettings
 from runner.process.worker_death import Circumstances, explain, lacked_device_memory
-from runner.process.worker_process import WorkerProcess
+from runner.process.worker_line import Asked, WorkerLine
 from runner.protocol import (
     BenchFields,
     BenchSample,
@@ -52,32 +49,8 @@ LAST_REPLIES = (
 )  # fmt: skip
 _ENVELOPE = ("type", "id")  # of every message
 _FEWER_SLOTS = 0.85  # of those that were too many for a GPU
-POLL_S = 0.5  # Windows lets Ctrl-C through only between waits
 
 OnProgress = Callable[[str, int, int], None]
-Mailbox = SimpleQueue[Message | None]  # None: the worker has ended
-
-
-@dataclass(frozen=True)
-class _Line:
-    """One worker and who waits for its replies."""
-
-    worker: WorkerProcess
-    mailboxes: dict[int, Mailbox]
-    ended: threading.Event
-
-
-@dataclass(frozen=True)
-class _Asked:
-    """A request. It belongs to its worker to its end, also when that is replaced meanwhile."""
-
-    number: int
-    mailbox: Mailbox
-    line: _Line
-
-    def forget(self) -> None:
-        """Wait for no reply any more."""
-        self.line.mailboxes.pop(self.number, None)
 
 
 class Client:
@@ -89,14 +62,13 @@ class Client:
     """
 
     def __init__(self) -> None:
-        self._ids = itertools.count(1)
         self._loaded: LoadFields | None = None
         self._changed = ChangeFields()  # since then, by the owner
         self._change_lock = threading.Lock()
         self._info: ModelInfo | None = None  # of the last load
         self._lacked_device_memory = False  # when something went wrong last
-        self._job: int | None = None  # the id of the running one
-        self._dropped: _Asked | None = None  # a job whose reader went away before its end
+        self._job: Asked | None = None  # the running one
+        self._dropped: Asked | None = None  # a job whose reader went away before its end
         self._open_worker()
 
     @classmethod
@@ -118,12 +90,12 @@ class Client:
     @property
     def pid(self) -> int:
         """The worker's process id."""
-        return self._line.worker.pid
+        return self._line.pid
 
     @property
     def log(self) -> str:
         """The last lines that the worker wrote to stderr: traces, what native code said."""
-        return self._line.worker.log
+        return self._line.log
 
     def load(
         self,
@@ -144,8 +116,8 @@ class Client:
         """Replace the worker, dead or alive, by a new one and load the same model again; with
         fewer slots for experts, and a warning, where the memory of a GPU had run out."""
         assert self._loaded is not None, "nothing was loaded that could be loaded again"
-        self._line.worker.kill()
-        self._line.worker.end()
+        self._line.kill()
+        self._line.end()
         self._open_worker()
         warning = self._ask_for_fewer_slots() if self._lacked_device_memory else ""
         self._lacked_device_memory = False
@@ -245,20 +217,12 @@ class Client:
 
     def stats(self) -> dict[str, Any]:
         """The engine's counters now, also while it computes."""
-        asked = self._send("stats")
-        try:
-            snapshot: dict[str, Any] = self._next_reply(asked)["snapshot"]
-        finally:
-            asked.forget()
+        snapshot: dict[str, Any] = self._ask("stats")["snapshot"]
         return snapshot
 
     def frame(self) -> Frame:
         """What the engine does now, also while it computes; from any thread."""
-        asked = self._send("frame")
-        try:
-            reply = self._next_reply(asked)
-        finally:
-            asked.forget()
+        reply = self._ask("frame")
         frame = protocol.parse(Frame, reply["frame"])
         return replace(frame, model=self._info if frame.stats is not None else None)
 
@@ -272,11 +236,7 @@ class Client:
         """Change what is not None, from the next token on; returns what holds then. From any
         thread, also while the engine computes. Raises OptionError for what cannot be."""
         wanted = ChangeFields(is_exact, buddy, buddy_budget, is_paused)
-        asked = self._send("change", **vars(wanted))
-        try:
-            reply = self._next_reply(asked)
-        finally:
-            asked.forget()
+        reply = self._ask("change", **vars(wanted))
         given = {name: value for name, value in vars(wanted).items() if value is not None}
         with self._change_lock:
             self._changed = replace(self._changed, **given)
@@ -295,35 +255,17 @@ class Client:
 
     def cancel(self) -> None:
         """Ask the worker to end the running job; no-op when none runs."""
-        self._cancel(self._job)
+        _cancel(self._job)
 
     def close(self) -> None:
         """End the worker. Can be called twice."""
-        self._line.worker.send(protocol.encode({"type": "shutdown"}))
-        self._line.worker.end()
-
-    def _cancel(self, job: int | None) -> None:
-        if job is not None:
-            self._line.worker.send(protocol.encode({"type": "cancel", "target": job}))
+        self._line.tell("shutdown")
+        self._line.end()
 
     def _open_worker(self) -> None:
-        mailboxes: dict[int, Mailbox] = {}
-        ended = threading.Event()
         self._job = self._dropped = None
         self._circumstances = Circumstances.now(None)
-
-        # Bound to this worker's own mailboxes: a late message of an old worker finds no reader.
-        def on_message(message: Message) -> None:
-            mailbox = mailboxes.get(message.get("id") or 0)
-            if mailbox is not None:
-                mailbox.put(message)
-
-        def on_end() -> None:
-            ended.set()
-            for mailbox in list(mailboxes.values()):
-                mailbox.put(None)
-
-        self._line = _Line(WorkerProcess(on_message, on_end), mailboxes, ended)
+        self._line = WorkerLine()
 
     def _load(self, on_progress: OnProgress | None) -> ModelInfo:
         assert self._loaded is not None
@@ -358,8 +300,8 @@ class Client:
     def _run_job(self, kind: str, body: object) -> Iterator[Message]:
         """Send a request and yield its replies up to the last one, or raise what it says."""
         self._await_dropped()
-        asked = self._send(kind, **vars(body))
-        self._job = asked.number
+        asked = self._line.ask(kind, **vars(body))
+        self._job = asked
         is_over = False
         try:
             while not is_over:
@@ -375,9 +317,9 @@ class Client:
             if is_over:
                 asked.forget()
             elif asked.line is self._line:  # not of a worker since replaced
-                self._cancel(asked.number)
+                _cancel(asked)
                 self._dropped = asked
-            if self._job == asked.number:
+            if self._job is asked:
                 self._job = None
 
     def _await_dropped(self) -> None:
@@ -394,36 +336,27 @@ class Client:
         self._dropped.forget()
         self._dropped = None
 
-    def _send(self, kind: str, **body: object) -> _Asked:
-        asked = _Asked(next(self._ids), SimpleQueue(), self._line)
-        data = protocol.encode({"type": kind, "id": asked.number, **body})
-        asked.line.mailboxes[asked.number] = asked.mailbox
-        if asked.line.ended.is_set():
-            asked.mailbox.put(None)
-        asked.line.worker.send(data)
-        return asked
+    def _ask(self, kind: str, **body: object) -> Message:
+        """Send what has one reply, and wait for that."""
+        asked = self._line.ask(kind, **body)
+        try:
+            return self._next_reply(asked)
+        finally:
+            asked.forget()
 
-    def _next_reply(self, asked: _Asked) -> Message:
-        while True:
-            try:
-                reply = asked.mailbox.get(timeout=POLL_S)
-            except Empty:
-                continue
-            if reply is None:
-                raise self._death(asked.line)
-            if reply["type"] == "error":
-                raise _as_error(reply)
-            return reply
+    def _next_reply(self, asked: Asked) -> Message:
+        reply = asked.next_reply()
+        if reply is None:
+            raise self._death(asked.line)
+        return reply
 
-    def _death(self, line: _Line) -> WorkerDiedError:
-        status = line.worker.end()
+    def _death(self, line: WorkerLine) -> WorkerDiedError:
+        status = line.end()
         if line is self._line:
-            self._lacked_device_memory = lacked_device_memory(line.worker.log)
-        return WorkerDiedError(explain(status, line.worker.log, self._circumstances))
+            self._lacked_device_memory = lacked_device_memory(line.log)
+        return WorkerDiedError(explain(status, line.log, self._circumstances))
 
 
-def _as_error(reply: Message) -> Exception:
-    if reply["kind"] in errors.__all__:
-        error: Exception = getattr(errors, reply["kind"])(reply["message"])
-        return error
-    return InternalError(reply["message"])
+def _cancel(job: Asked | None) -> None:
+    if job is not None:
+        job.line.tell("cancel", target=job.number)

@@ -20,7 +20,7 @@ from typing import Any
 
 from quant.devices import Device, cpu_device, devices
 from quant.ggml import Backend
-from runner import engine as engine_module
+from runner import placement
 from runner.config import EngineConfig
 from runner.devices import DeviceChoice
 from runner.engine import Engine
@@ -75,7 +75,7 @@ def _first_gpu() -> Device:
 
 def _cpu_as_a_device() -> Device:
     device = replace(cpu_device(), name="GPU0", kind="gpu")
-    engine_module.choose_device = lambda name: DeviceChoice(device)  # type: ignore[assignment]
+    placement.choose_device = lambda name: DeviceChoice(device)  # type: ignore[assignment]
     return device
 
 

@@ -8,6 +8,7 @@ import asyncio
 import gc
 import threading
 from collections.abc import Iterable
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -175,7 +176,8 @@ class ChatApp(App[None]):
         loop = asyncio.get_running_loop()
         if threading.current_thread() is threading.main_thread():
             for number in LEAVING:
-                loop.add_signal_handler(number, self._leave_by_signal, int(number))
+                with suppress(NotImplementedError):  # Windows ends a program by itself
+                    loop.add_signal_handler(number, self._leave_by_signal, int(number))
         self.call_after_refresh(self._begin)
 
     def _begin(self) -> None:

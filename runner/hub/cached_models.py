@@ -14,6 +14,7 @@ from runner.hub.places import (
     SEPARATOR,
     cache_folder,
     file_size,
+    hidden_folder,
     repo_folder,
 )
 from runner.hub.repo_files import (
@@ -111,6 +112,12 @@ def unfinished() -> list[Unfinished]:
             if n_bytes is not None:
                 found.append(Unfinished(repo, path, n_bytes))
     return found
+
+
+def unfinished_bytes(folder: Path) -> int:
+    """What cut-off downloads left in a folder of the user's own."""
+    parts = hidden_folder(folder).glob(f"*{PARTIAL_ENDING}")
+    return sum(file_size(path) or 0 for path in parts)
 
 
 def _name(snapshot: Snapshot, variant: Variant) -> ModelName:

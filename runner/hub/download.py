@@ -12,6 +12,7 @@ from typing import Protocol
 
 from huggingface_hub.utils import WeakFileLock
 
+from runner.byte_sizes import bytes_text
 from runner.errors import HubError
 from runner.hub.hub_errors import PassingError
 from runner.hub.partial_file import PartialFile, write_error
@@ -21,6 +22,7 @@ from runner.hub.repository import Hub
 
 SEGMENT_BYTES = 4 << 30  # of one request: addresses expire, and some servers end at 50 GB
 _LOCK_PATIENCE_S = 0.5
+_LEAST_BYTES = 64 << 10  # what brings fewer brings nothing: some servers trickle for ever
 
 
 @dataclass(frozen=True)
@@ -130,7 +132,8 @@ class Download:
                 self._fetch_segment(partial, file)
                 n_failures = 0
             except PassingError as error:
-                n_failures = 1 if partial.n_bytes > n_before else n_failures + 1
+                has_come = partial.n_bytes - n_before >= _LEAST_BYTES
+                n_failures = 1 if has_come else n_failures + 1
                 self._wait(error, n_failures)
 
     def _fetch_segment(self, partial: PartialFile, file: RepoFile) -> None:
@@ -140,8 +143,10 @@ class Download:
             for chunk in chunks:
                 partial.append(chunk)
                 self._watcher.add(len(chunk))
-        if partial.n_bytes == first:
-            raise PassingError(f"the server sent nothing of {file.path}")
+        n_new = partial.n_bytes - first
+        if n_new < _LEAST_BYTES and partial.n_bytes <= last:
+            what = f"only {bytes_text(n_new)}" if n_new else "nothing"
+            raise PassingError(f"the server sent {what} of {file.path}")
 
     def _wait(self, error: PassingError, n_failures: int) -> None:
         patience = self._patience

@@ -78,13 +78,8 @@ def plan_removal(name: ModelName) -> Removal:
         m for snapshot in found for m in models_of(snapshot) if is_whole or _is_meant(name, m)
     ]
     paths = [model.snapshot.folder / file.path for model in models for file in model.variant.files]
-    if is_whole:  # parts of split models, too
-        paths = [
-            snapshot.folder / file.path
-            for snapshot in found
-            for file in snapshot.files
-            if is_model(file.path)
-        ]
+    if is_whole:  # parts of split models and what goes with models, too
+        paths = [snapshot.folder / file.path for snapshot in found for file in snapshot.files]
     paths += [path for path in (default_path(model.path) for model in models) if path.is_file()]
     if is_any_commit:
         paths += [part.path for part in unfinished() if part.repo == name.repo]

@@ -148,7 +148,7 @@ class FolderPlace:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self._found_right: set[RepoFile] = set()  # reading a large file again takes minutes
-        self._hidden = folder / ".cache" / "huggingface" / "download"
+        self._hidden = hidden_folder(folder)
 
     def path(self, file: RepoFile) -> Path:
         return self.folder / file.path
@@ -187,6 +187,11 @@ class FolderPlace:
 
     def finish(self) -> None:
         """Nothing is left to do; the locks stay, since others may wait for them."""
+
+
+def hidden_folder(folder: Path) -> Path:
+    """What is unfinished in a folder of the user's own, with the locks."""
+    return folder / ".cache" / "huggingface" / "download"
 
 
 def free_bytes(folder: Path) -> int | None:

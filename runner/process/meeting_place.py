@@ -19,14 +19,15 @@ _BACKLOG = 16
 _CONNECT_US = 500_000  # an engine that is stopped does not accept, and its queue may be full
 _CONNECT_TIME = struct.pack("ll", 0, _CONNECT_US)  # a `timeval`
 _SUFFIX = ".sock"
+_RUNTIME_DIRS = "/run/user"  # where XDG_RUNTIME_DIR leads on Linux; cron and sudo do not set it
 
 
 def directory(environment: Mapping[str, str]) -> Path:
     """The user's own run directory, else one in the temporary folder; not made."""
-    runtime = environment.get("XDG_RUNTIME_DIR", "")
-    is_short = len(os.fsencode(runtime)) < MAX_PATH_BYTES - 30
-    if Path(runtime).is_absolute() and is_short and Path(runtime).is_dir():
-        return Path(runtime) / "buddyrun"
+    for runtime in (environment.get("XDG_RUNTIME_DIR", ""), f"{_RUNTIME_DIRS}/{os.getuid()}"):
+        is_short = len(os.fsencode(runtime)) < MAX_PATH_BYTES - 30
+        if Path(runtime).is_absolute() and is_short and Path(runtime).is_dir():
+            return Path(runtime) / "buddyrun"
     return Path("/tmp") / f"buddyrun-{os.getuid()}"
 
 

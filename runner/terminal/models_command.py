@@ -11,10 +11,10 @@ import click
 
 from runner.byte_sizes import bytes_text
 from runner.errors import HubError
-from runner.hub.cached_models import cached_models, unfinished
+from runner.hub.cached_models import cached_models, unfinished, unfinished_bytes
 from runner.hub.local_models import LocalModel, Removal, local_models, plan_removal, remove
 from runner.hub.model_name import parse
-from runner.hub.places import cache_folder
+from runner.hub.places import cache_folder, hidden_folder
 from runner.terminal.terminal_text import visible_line
 
 _HEAD = ("NAME", "QUANT", "SIZE", "ARCH", "EXPERTS", "RUNS", "PROFILE")
@@ -22,7 +22,8 @@ _HEAD = ("NAME", "QUANT", "SIZE", "ARCH", "EXPERTS", "RUNS", "PROFILE")
 
 def list_models(folders: Sequence[str], as_json: bool) -> None:
     """Print the models in the cache and in `folders`. Raises BuddyrunError."""
-    models = local_models([Path(os.path.expanduser(folder)) for folder in folders])
+    own_folders = [Path(os.path.expanduser(folder)) for folder in folders]
+    models = local_models(own_folders)
     if as_json:
         print(json.dumps([asdict(model) for model in models], indent=2))
         return
@@ -35,6 +36,11 @@ def list_models(folders: Sequence[str], as_json: bool) -> None:
     for model in models:
         if not model.can_run:
             print(visible_line(f"{model.name} cannot be run: {model.reason}"), file=sys.stderr)
+    _tell_unfinished(own_folders)
+
+
+def _tell_unfinished(own_folders: Sequence[Path]) -> None:
+    """Of the cache, and of folders that files were pulled to."""
     parts = unfinished()
     if parts:
         size = bytes_text(sum(part.n_bytes for part in parts))
@@ -44,6 +50,15 @@ def list_models(folders: Sequence[str], as_json: bool) -> None:
             " them, `buddyrun rm user/repo` removes them.",
             file=sys.stderr,
         )
+    for folder in own_folders:
+        n_bytes = unfinished_bytes(folder)
+        if n_bytes:
+            print(
+                f"{bytes_text(n_bytes)} of unfinished downloads:"
+                f" {visible_line(str(hidden_folder(folder)))}. `buddyrun pull --local-dir` goes on"
+                " with them; delete that folder if none is running.",
+                file=sys.stderr,
+            )
 
 
 def remove_model(word: str, is_sure: bool, as_json: bool) -> None:

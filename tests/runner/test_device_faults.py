@@ -98,7 +98,7 @@ def device(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> s
         return str(request.getfixturevalue("gpu_device").name).lower()
     if request.param == "like a GPU":
         choice = DeviceChoice(replace(cpu_device(), name="GPU0", kind="gpu"))
-        monkeypatch.setattr("runner.engine.choose_device", lambda name: choice)
+        monkeypatch.setattr("runner.placement.choose_device", lambda name: choice)
     return "cpu"
 
 

@@ -28,7 +28,7 @@ TOKENS = list(range(300, 312))
 def like_a_gpu(monkeypatch: pytest.MonkeyPatch) -> Device:
     """The CPU, told as a device with memory of its own."""
     device = replace(cpu_device(), name="GPU0", kind="gpu")
-    monkeypatch.setattr("runner.engine.choose_device", lambda name: DeviceChoice(device))
+    monkeypatch.setattr("runner.placement.choose_device", lambda name: DeviceChoice(device))
     return device
 
 

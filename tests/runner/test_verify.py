@@ -208,7 +208,7 @@ def test_the_exact_step_changes_nothing_while_it_is_compared(
 ) -> None:
     """Also what is timed, and the row of the step, which the exact step does overwrite."""
     if reads == "direct":  # on a machine with little memory experts are read ahead as well
-        monkeypatch.setattr("runner.engine.available_memory_bytes", lambda: 64 << 20)
+        monkeypatch.setattr("runner.placement.available_memory_bytes", lambda: 64 << 20)
     with engine_of(ALL_GIVEN, verify_every=1, cache_type_k=kv_type, cache_type_v=kv_type) as engine:
         half_way(engine)
         assert engine._verifier is not None and engine._cache is not None

@@ -44,7 +44,7 @@ def small_machine(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """A machine that cannot have slots and file in memory together: experts are read direct."""
     if not can_read_direct(write_to_disk(tmp_path / "any", bytes(4096))):
         pytest.skip("this file system has no direct reads")
-    monkeypatch.setattr("runner.engine.available_memory_bytes", lambda: 64 << 20)
+    monkeypatch.setattr("runner.placement.available_memory_bytes", lambda: 64 << 20)
 
 
 @pytest.fixture(params=["roomy", "small"])

@@ -46,7 +46,7 @@ Change = Callable[[Path], None]
 def reads(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     """Reads go past the page cache on a machine with little memory."""
     if request.param == "direct":
-        monkeypatch.setattr("runner.engine.available_memory_bytes", lambda: 64 << 20)
+        monkeypatch.setattr("runner.placement.available_memory_bytes", lambda: 64 << 20)
     return str(request.param)
 
 
@@ -488,7 +488,7 @@ def test_a_read_error_while_loading_is_an_error_and_leaves_nothing_open(
 @pytest.fixture
 def hurried(path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Engine]:
     """An engine that was loaded this moment, with a slot for nearly every expert."""
-    monkeypatch.setattr("runner.engine.available_memory_bytes", lambda: 64 << 20)
+    monkeypatch.setattr("runner.placement.available_memory_bytes", lambda: 64 << 20)
     engine = Engine(path, replace(CONFIG, moe_cache_slots=7))
     yield engine
     engine.close()
@@ -509,7 +509,7 @@ def test_a_file_that_changes_right_after_loading_gives_no_logits(
 def test_slots_that_could_not_be_filled_ahead_are_filled_when_they_are_needed(
     path: Path, expected: list[np.ndarray], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("runner.engine.available_memory_bytes", lambda: 64 << 20)
+    monkeypatch.setattr("runner.placement.available_memory_bytes", lambda: 64 << 20)
     engine = Engine(path, replace(CONFIG, moe_cache_slots=7))
     with every_nth_read(2, fail_with_eio):
         with suppress(GGUFError):
@@ -525,7 +525,7 @@ def test_an_engine_that_is_closed_while_slots_are_filled_reads_no_further(
     path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """With a large model that would be gigabytes."""
-    monkeypatch.setattr("runner.engine.available_memory_bytes", lambda: 64 << 20)
+    monkeypatch.setattr("runner.placement.available_memory_bytes", lambda: 64 << 20)
     measured, goes_on = 3, threading.Event()
     offsets: list[int] = []
     real = os.preadv

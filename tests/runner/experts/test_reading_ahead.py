@@ -17,7 +17,7 @@ TOKENS = [int(t) for t in np.random.default_rng(4).integers(300, 4000, 160)]
 @pytest.fixture
 def scarce_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     """So little memory that the file's pages have no room beside the slots."""
-    monkeypatch.setattr("runner.engine.available_memory_bytes", lambda: 20 << 20)
+    monkeypatch.setattr("runner.placement.available_memory_bytes", lambda: 20 << 20)
 
 
 @pytest.fixture

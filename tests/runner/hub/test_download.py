@@ -127,6 +127,18 @@ def test_a_server_that_sends_less_than_was_asked_for_is_asked_again_at_once(
     assert len(hub.to("cdn")) == 4
 
 
+def test_a_server_that_trickles_is_waited_for_and_given_up(
+    hub: LocalHub, home: Path, client: ForkServer
+) -> None:
+    repo = new_repo(hub)
+    hub.always.append(Fault("less", at=1))
+    done = client.fetch(repo)
+    assert done.returncode == 1 and not visible_files(home, repo)
+    assert done.stderr.count("the server sent only 1 B of m-Q8_0.gguf") == 3
+    assert partial_bytes(home, repo) == 3
+    assert len(hub.to("cdn")) == 3
+
+
 def test_an_old_part_that_is_damaged_is_found_out_and_fetched_again(
     hub: LocalHub, home: Path, client: ForkServer
 ) -> None:

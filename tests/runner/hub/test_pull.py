@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 import struct
 import subprocess
 import sys
@@ -485,6 +486,15 @@ def test_what_is_here_of_another_revision_or_no_revision_is_not_main(
     told(fresh.buddyrun("pull", NAME, "--offline", "--revision", "v2"))
 
 
+def test_rm_of_a_repository_takes_what_goes_with_its_models(
+    fresh: ForkServer, tmp_path: Path
+) -> None:
+    path = Path(fresh.buddyrun("pull", NAME).stdout.strip())
+    (path.parent / "mmproj-F16.gguf").write_bytes(bytes(1000))
+    assert fresh.buddyrun("rm", "test/demo-moe", "-y").returncode == 0
+    assert not list(tmp_path.rglob("*.gguf"))
+
+
 def test_unfinished_downloads_are_told_and_can_be_removed(
     hub: LocalHub, fresh: ForkServer, tmp_path: Path
 ) -> None:
@@ -496,6 +506,22 @@ def test_unfinished_downloads_are_told_and_can_be_removed(
     assert dry["preflight"]["missing_bytes"] == DEMO.stat().st_size - 10_000_000
     assert fresh.buddyrun("rm", "test/demo-moe", "-y").stdout == "removed 10.0 MB\n"
     assert not list(tmp_path.rglob("*.incomplete"))
+
+
+def test_unfinished_downloads_to_a_folder_are_told_with_the_folder(
+    hub: LocalHub, fresh: ForkServer, tmp_path: Path
+) -> None:
+    hub.faults.append(Fault("short", at=10_000_000))
+    hub.faults.extend([Fault("hang up")] * 2)
+    folder = tmp_path / "mine"
+    fresh.start({"fetch": "test/demo-moe", "local_dir": str(folder)})
+    assert fresh.wait().returncode == 1
+    hidden = folder / ".cache" / "huggingface" / "download"
+    assert (
+        f"10.0 MB of unfinished downloads: {hidden}." in fresh.buddyrun("list", str(folder)).stderr
+    )
+    shutil.rmtree(hidden)
+    assert fresh.buddyrun("list", str(folder)).stderr == ""
 
 
 def test_a_full_disk_is_refused_before_anything_is_fetched(

@@ -122,8 +122,20 @@ def test_a_link_to_a_directory_is_not_used(place: Path, tmp_path: Path) -> None:
         meeting_place.open_socket(place, 1)
 
 
-def test_the_user_s_run_directory_is_used_where_it_is_and_a_socket_s_path_fits() -> None:
+def test_the_user_s_run_directory_is_used_where_it_is_and_a_socket_s_path_fits(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(meeting_place, "_RUNTIME_DIRS", str(tmp_path / "none"))
     assert meeting_place.directory({"XDG_RUNTIME_DIR": "/usr"}) == Path("/usr/buddyrun")
     temporary = Path(f"/tmp/buddyrun-{os.getuid()}")
     for useless in ("", "relative", "/run/user/of nobody", "/" + "./" * 45):
         assert meeting_place.directory({"XDG_RUNTIME_DIR": useless}) == temporary
+
+
+def test_the_user_s_run_directory_is_found_where_nothing_names_it(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(meeting_place, "_RUNTIME_DIRS", str(tmp_path))
+    mine = tmp_path / str(os.getuid())
+    mine.mkdir()
+    assert meeting_place.directory({}) == mine / "buddyrun"

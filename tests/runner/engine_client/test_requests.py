@@ -3,12 +3,10 @@
 import os
 import signal
 import stat
-import sys
 import tempfile
 import threading
 from dataclasses import replace
 from itertools import islice
-from pathlib import Path
 
 import pytest
 
@@ -32,53 +30,7 @@ from runner.protocol import (
     PromptProgress,
     TextPiece,
 )
-
-ROOT = Path(__file__).resolve().parents[2]
-HERE = Path(__file__).parent
-FAKE = (
-    f"sys.path.insert(0, {str(HERE)!r}); from fake_session import FakeSession;"
-    " from runner.worker import main; main(FakeSession)"
-)
-CONFIG = EngineConfig(n_ctx=64)
-POSIX_ONLY = pytest.mark.skipif(sys.platform == "win32", reason="signals")
-
-
-@pytest.fixture
-def private_directories(tmp_path_factory, monkeypatch):
-    """The folder in which the private directories are made, for looking at what is left."""
-    folder = tmp_path_factory.mktemp("d")
-    monkeypatch.setattr(tempfile, "tempdir", str(folder))
-    return folder
-
-
-@pytest.fixture
-def client(monkeypatch, private_directories):
-    monkeypatch.setattr(worker_process, "PROGRAM", FAKE)
-    client = Client.start()
-    yield client
-    client.close()
-    assert list(private_directories.iterdir()) == []
-
-
-@pytest.fixture
-def model(tmp_path):
-    path = tmp_path / "model.gguf"
-    path.write_bytes(bytes(64 << 10))
-    return path
-
-
-@pytest.fixture
-def loaded(client, model):
-    client.load(model, CONFIG)
-    return client
-
-
-def ask(client, prompt):
-    return list(client.generate(GenerateRequest(prompt=prompt)))
-
-
-def answer_stop(client, prompt):
-    return ask(client, prompt)[-1].stop_reason
+from tests.runner.engine_client.fake_worker import CONFIG, POSIX_ONLY, PROGRAM, answer_stop, ask
 
 
 def test_load_returns_what_the_worker_knows_of_the_model(client, model):
@@ -248,7 +200,7 @@ def test_packages_of_the_same_names_in_the_current_directory_are_not_imported(
         (tmp_path / name).mkdir()
         (tmp_path / name / "__init__.py").write_text("raise SystemExit('the wrong package')")
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(worker_process, "PROGRAM", FAKE)
+    monkeypatch.setattr(worker_process, "PROGRAM", PROGRAM)
     with Client.start() as client:
         assert client.load(model, CONFIG).name == "Fake"
 
@@ -257,7 +209,7 @@ def test_the_worker_runs_the_very_packages_of_its_parent(tmp_path, monkeypatch, 
     (tmp_path / "runner").mkdir()
     (tmp_path / "runner" / "__init__.py").write_text("raise SystemExit('the wrong package')")
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
-    monkeypatch.setattr(worker_process, "PROGRAM", FAKE)
+    monkeypatch.setattr(worker_process, "PROGRAM", PROGRAM)
     with Client.start() as client:
         assert client.load(model, CONFIG).name == "Fake"
 
@@ -280,7 +232,7 @@ def test_the_private_directory_is_open_to_this_user_only_and_has_a_short_path(
 def test_what_a_sitecustomize_prints_does_not_disturb_the_start(tmp_path, monkeypatch, model):
     (tmp_path / "sitecustomize.py").write_text("print('welcome\\n{}')")
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
-    monkeypatch.setattr(worker_process, "PROGRAM", FAKE)
+    monkeypatch.setattr(worker_process, "PROGRAM", PROGRAM)
     with Client.start() as client:
         assert client.load(model, CONFIG).name == "Fake"
 

@@ -4,10 +4,8 @@ import os
 import signal
 import subprocess
 import sys
-import tempfile
 import threading
 import time
-from pathlib import Path
 
 import psutil
 import pytest
@@ -16,53 +14,8 @@ from runner.config import EngineConfig, GenerateRequest
 from runner.engine_client import Client
 from runner.errors import WorkerDiedError
 from runner.process import worker_process
-
-ROOT = Path(__file__).resolve().parents[2]
-HERE = Path(__file__).parent
-FAKE = (
-    f"sys.path.insert(0, {str(HERE)!r}); from fake_session import FakeSession;"
-    " from runner.worker import main; main(FakeSession)"
-)
-CONFIG = EngineConfig(n_ctx=64)
-POSIX_ONLY = pytest.mark.skipif(sys.platform == "win32", reason="signals")
-
-
-@pytest.fixture
-def private_directories(tmp_path_factory, monkeypatch):
-    """The folder in which the private directories are made, for looking at what is left."""
-    folder = tmp_path_factory.mktemp("d")
-    monkeypatch.setattr(tempfile, "tempdir", str(folder))
-    return folder
-
-
-@pytest.fixture
-def client(monkeypatch, private_directories):
-    monkeypatch.setattr(worker_process, "PROGRAM", FAKE)
-    client = Client.start()
-    yield client
-    client.close()
-    assert list(private_directories.iterdir()) == []
-
-
-@pytest.fixture
-def model(tmp_path):
-    path = tmp_path / "model.gguf"
-    path.write_bytes(bytes(64 << 10))
-    return path
-
-
-@pytest.fixture
-def loaded(client, model):
-    client.load(model, CONFIG)
-    return client
-
-
-def ask(client, prompt):
-    return list(client.generate(GenerateRequest(prompt=prompt)))
-
-
-def answer_stop(client, prompt):
-    return ask(client, prompt)[-1].stop_reason
+from tests.paths import ROOT
+from tests.runner.engine_client.fake_worker import CONFIG, POSIX_ONLY, PROGRAM, answer_stop, ask
 
 
 @POSIX_ONLY
@@ -228,6 +181,8 @@ PARENT = """
 import sys
 sys.path.insert(0, {root!r})
 from runner.process import worker_process
+from tests.paths import ROOT
+from tests.runner.engine_client.fake_worker import CONFIG, POSIX_ONLY, PROGRAM, answer_stop, ask
 from runner.engine_client import Client
 from runner.config import GenerateRequest
 worker_process.PROGRAM = {program!r}
@@ -249,13 +204,13 @@ worker_process.WorkerProcess._connect = lambda self: threading.Event().wait()
         ("", ""),
         (NEVER_CONNECT, ""),
         ("", "next(client.generate(GenerateRequest(prompt='read'))); print('ready', flush=True)"),
-        ("", "client._line.worker.send(b'x'); print('ready', flush=True)"),
+        ("", "client._line._worker.send(b'x'); print('ready', flush=True)"),
     ],
     ids=["at any time", "before it connected", "while it answers", "after garbage"],
 )
 def test_a_parent_killed_with_kill_9_leaves_no_worker_and_no_files(before, after, tmp_path_factory):
     folder = tmp_path_factory.mktemp("t")
-    script = PARENT.format(root=str(ROOT), program=FAKE, before=before, after=after)
+    script = PARENT.format(root=str(ROOT), program=PROGRAM, before=before, after=after)
     parent = subprocess.Popen(
         [sys.executable, "-c", script],
         stdin=subprocess.PIPE,
@@ -273,7 +228,7 @@ def test_a_parent_killed_with_kill_9_leaves_no_worker_and_no_files(before, after
 
 def test_a_parent_killed_while_its_worker_computes_in_native_code_leaves_no_worker():
     after = "next(client.generate(GenerateRequest(prompt='native')))"
-    script = PARENT.format(root=str(ROOT), program=FAKE, before="", after=after)
+    script = PARENT.format(root=str(ROOT), program=PROGRAM, before="", after=after)
     with subprocess.Popen(
         [sys.executable, "-c", script], stdin=subprocess.PIPE, stdout=subprocess.PIPE
     ) as parent:
