@@ -5,9 +5,9 @@
 
 Decodes with half of the experts on the first GPU device; the host computes every missing one, or
 with `--miss auto` what it finds cheaper. What counts is the processor time of its thread, since a
-device in software takes the same cores. Time in ggml's graphs is told apart: computing on the host,
-submitting to the device, waiting. With `--cpu` the CPU is told as a device with memory of its own:
-no driver, no kernels beside Python, so that our own part is seen alone.
+device in software takes the same cores. Time in ggml is told apart: graphs on the host, submitting
+to the device, waiting, and copies, which are its driver's. With `--cpu` the CPU is told as a device
+with memory of its own: no driver, no kernels beside Python, so that our own part is seen alone.
 """
 
 import argparse
@@ -20,6 +20,7 @@ from typing import Any
 
 from quant.devices import Device, cpu_device, devices
 from quant.ggml import Backend
+from quant.graph import HostPort
 from runner import placement
 from runner.config import EngineConfig
 from runner.devices import DeviceChoice
@@ -40,6 +41,8 @@ def main() -> None:
     Backend.compute_later = _timed(Backend.compute_later, "submitted to")  # type: ignore[method-assign]
     Backend.synchronize = _timed(Backend.synchronize, "waited for")  # type: ignore[method-assign]
     Backend.compute = _compute  # type: ignore[method-assign]
+    for name in ("upload", "upload_part", "download", "download_later"):
+        setattr(HostPort, name, _timed_copy(getattr(HostPort, name)))
     config = EngineConfig(
         n_ctx=512, device=device.name, moe_cache_slots=4, moe_miss=wanted.miss, n_threads=2
     )
@@ -85,6 +88,17 @@ def _timed(call: Callable[..., None], what: str) -> Callable[..., None]:
         call(backend, *arguments)
         where = "graphs on the host" if backend.is_host else f"{what} the device"
         _SPENT[where] += time.thread_time() - started
+
+    return timed
+
+
+def _timed_copy(copy: Callable[..., Any]) -> Callable[..., Any]:
+    def timed(port: HostPort, *arguments: int) -> Any:
+        started = time.thread_time()
+        try:
+            return copy(port, *arguments)
+        finally:
+            _SPENT["copies"] += time.thread_time() - started
 
     return timed
 
