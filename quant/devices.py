@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from quant.errors import BackendError
 from quant.ggml_library import DeviceProperties, library_folder, load_ggml
 
+_OF_APPLE = ("MTL", "Metal")
 _KINDS = ("cpu", "gpu", "igpu", "accel", "meta")  # enum ggml_backend_dev_type
 
 
@@ -23,6 +24,11 @@ class Device:
     kind: str  # "cpu", "gpu" (memory of its own), "igpu" (the host's memory), "accel"
     has_events: bool
     has_host_buffer: bool  # pinned host memory, which it copies faster
+
+    @property
+    def shares_host_memory(self) -> bool:
+        """Whether what it holds is taken from the host: integrated graphics, Apple's chips."""
+        return self.kind == "igpu" or self.backend in _OF_APPLE
 
     @property
     def is_gpu(self) -> bool:

@@ -128,7 +128,13 @@ class Backend(_Owner):
 
     def __init__(self, ggml: Ggml, device: Device, n_threads: int = 1) -> None:
         """n_threads means something to the CPU only."""
-        super().__init__(ggml, ggml.backend_dev_init(device.handle, None), "a backend")
+        handle = ggml.backend_dev_init(device.handle, None)
+        if not handle:
+            raise BackendError(
+                f"{device.name} ({device.description}) could not be opened, as its driver refused: "
+                "--device cpu goes on without it"
+            )
+        super().__init__(ggml, handle, "a backend")
         self.device = device
         registry = ggml.backend_dev_backend_reg(device.handle)
         address = ggml.backend_reg_get_proc_address(registry, b"ggml_backend_set_n_threads")

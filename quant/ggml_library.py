@@ -212,6 +212,7 @@ def load_ggml() -> Ggml:
     folder = library_folder()
     names = ("ggml-base", "ggml-cpu", "ggml")
     paths = [_library_path(folder, name) for name in names]
+    _find_dependencies(folder)
     try:
         libraries = [ctypes.CDLL(str(path)) for path in paths if path is not None]
     except OSError as error:
@@ -222,6 +223,15 @@ def load_ggml() -> Ggml:
     check_version(ggml.version_text)
     _silence(ggml)
     return ggml
+
+
+def _find_dependencies(folder: Path) -> None:
+    """On Windows the libraries of CUDA and HIP are looked for where llama-cpp-python does."""
+    if sys.platform == "win32":
+        roots = [Path(os.environ[name]) for name in ("CUDA_PATH", "HIP_PATH") if name in os.environ]
+        for place in (folder, *(root / part for root in roots for part in ("bin", "lib"))):
+            if place.is_dir():
+                os.add_dll_directory(str(place))
 
 
 def library_folder() -> Path:

@@ -70,9 +70,10 @@ class Graph:
             if not self._backend.supports(node):
                 name = self._ggml.op_desc(node).decode()
                 kind = self._ggml.type_name(node.contents.type).decode()
+                remedy = ", or equal -ctk and -ctv" if name.startswith("FLASH_ATTN") else ""
                 raise BackendError(
                     f"{self._backend.device.name} ({self._backend.description}) cannot compute "
-                    f"{name} of {kind}, which this model needs: use --device cpu"
+                    f"{name} of {kind}, which this model needs: use --device cpu{remedy}"
                 )
 
     def expand(self, tensor: Tensor) -> Tensor:

@@ -59,6 +59,10 @@ class BenchRecord:
     load_rate: float
     host_rate: float
     load_bytes: int
+    buddy: str  # the policy that let others stand in; "" = nobody did
+    buddy_budget: float
+    substitute_rate: float
+    drop_rate: float
 
 
 @dataclass(frozen=True)
@@ -79,7 +83,7 @@ def record(sample: BenchSample, setting: BenchSetting, test_time: str) -> BenchR
     speeds = tuple(n_tokens * 1e9 / ns for ns in sample.samples_ns)
     return BenchRecord(
         cpu_info=cpu_name(),
-        gpu_info="",
+        gpu_info=info.device if info.device_memory is not None else "",
         backends=info.backend,
         model_filename=info.path,
         model_type=info.description,
@@ -112,6 +116,10 @@ def record(sample: BenchSample, setting: BenchSetting, test_time: str) -> BenchR
         load_rate=share(sample.n_loaded, n_pairs),
         host_rate=share(sample.n_on_host, n_pairs),
         load_bytes=sample.load_bytes,
+        buddy=info.buddy,
+        buddy_budget=info.buddy_budget,
+        substitute_rate=share(sample.n_substituted, n_pairs),
+        drop_rate=share(sample.n_dropped, n_pairs),
     )
 
 
@@ -149,7 +157,8 @@ def cpu_name() -> str:
 _COLUMNS = (("model", 30), ("size", 10), ("params", 10), ("backend", 10), ("threads", 7))
 _OPTIONAL = (("n_batch", 7, 512), ("type_k", 6, "f16"), ("type_v", 6, "f16"))
 _LAST = (("test", 15), ("t/s", 20))
-_CACHE, _HIT = ("cache", 10), ("hit", 7)
+_CACHE, _HIT, _STOOD_IN = ("cache", 10), ("hit", 7), ("stood in", 8)
+_BUDDY = ("buddy", 14)
 _LEFT = ("model", "backend")
 
 
@@ -169,11 +178,14 @@ def _markdown(results: Iterable[BenchRecord]) -> Iterator[str]:
 
 
 def _columns(result: BenchRecord) -> tuple[tuple[str, int], ...]:
-    """llama-bench's columns; settings that are not the default get one, and so does a cache."""
+    """llama-bench's columns; settings that are not the default get one, and so do a cache and
+    stand-ins."""
     added = [(name, width) for name, width, usual in _OPTIONAL if getattr(result, name) != usual]
     if not result.moe_cache_slots:
         return (*_COLUMNS, *added, *_LAST)
-    return (*_COLUMNS, *added, _CACHE, *_LAST, _HIT)
+    if not result.buddy:
+        return (*_COLUMNS, *added, _CACHE, *_LAST, _HIT)
+    return (*_COLUMNS, *added, _CACHE, _BUDDY, *_LAST, _HIT, _STOOD_IN)
 
 
 def _cells(result: BenchRecord) -> dict[str, str]:
@@ -190,6 +202,8 @@ def _cells(result: BenchRecord) -> dict[str, str]:
         "t/s": f"{result.avg_ts:.2f} ± {result.stddev_ts:.2f}",
         "cache": f"{result.moe_cache_slots} {result.moe_cache_policy}",
         "hit": f"{100 * result.hit_rate:.1f} %",
+        "buddy": f"{result.buddy} {100 * result.buddy_budget:g} %",
+        "stood in": f"{100 * (result.substitute_rate + result.drop_rate):.1f} %",
     }
 
 

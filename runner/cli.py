@@ -346,7 +346,7 @@ commands = DefaultGroup(
             short_help="Measure which experts can stand in for which",
             help="Measure which experts of MODEL can stand in for which, once for a model: a text"
             " is run, and the experts are compared on it. An interrupted profile is continued by"
-            " the same command. Needs PyTorch: pip install 'buddyrun[profile]'.",
+            " the same command. Needs PyTorch: uv tool install '.[profile]' in a checkout.",
         ),
         FlagCommand(
             "doctor",

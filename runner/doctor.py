@@ -80,6 +80,7 @@ def _report(device: Device, measure: bool) -> DeviceReport:
         total_bytes=total_bytes,
         from_host=from_host,
         own_memory=own_memory,
+        shares_host_memory=device.shares_host_memory,
     )
 
 

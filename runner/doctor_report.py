@@ -23,6 +23,7 @@ class DeviceReport:
     total_bytes: int
     from_host: Bandwidth  # of copies from host memory to the device
     own_memory: Bandwidth  # of its memory, bytes read and bytes written together
+    shares_host_memory: bool = False  # as in `quant.devices.Device`
 
     @property
     def is_gpu(self) -> bool:

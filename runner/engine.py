@@ -1,4 +1,4 @@
-"""The engine: loads a model and turns tokens into logits, layer by layer. Knows no text.
+"""The engine: turns tokens into logits with a model in memory, layer by layer. Knows no text.
 
 One thread drives it. Per MoE layer the router's choice is read back, the miss policy makes a plan,
 and the experts run by that plan.

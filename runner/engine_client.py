@@ -353,7 +353,7 @@ class Client:
     def _death(self, line: WorkerLine) -> WorkerDiedError:
         status = line.end()
         if line is self._line:
-            self._lacked_device_memory = lacked_device_memory(line.log)
+            self._lacked_device_memory = lacked_device_memory(status, line.log)
         return WorkerDiedError(explain(status, line.log, self._circumstances))
 
 

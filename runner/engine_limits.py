@@ -39,8 +39,13 @@ class EngineLimits:
     notes: tuple[str, ...]  # what the user should know, each one sentence
 
 
-def choose_limits(config: EngineConfig, model: ModelConfig) -> EngineLimits:
-    """Fill in defaults. Raises OptionError that names the flag and its range."""
+def choose_limits(
+    config: EngineConfig, model: ModelConfig, is_on_host: bool = True
+) -> EngineLimits:
+    """Fill in defaults. Raises OptionError that names the flag and its range.
+
+    is_on_host: keys and values are in the host's memory; a device's is looked at in its plan.
+    """
     n_ctx, notes = _context(config, model)
     n_threads = config.n_threads or n_cores()
     n_threads_batch = config.n_threads_batch or n_threads
@@ -52,7 +57,8 @@ def choose_limits(config: EngineConfig, model: ModelConfig) -> EngineLimits:
     _check_expert_settings(config)
     type_k = _cache_type("-ctk", config.cache_type_k, model)
     type_v = _cache_type("-ctv", config.cache_type_v, model)
-    _check_memory(config, model, n_ctx)
+    if is_on_host:
+        _check_memory(config, model, n_ctx)
     return EngineLimits(
         n_ctx=n_ctx,
         n_batch=min(config.n_batch, n_ctx),

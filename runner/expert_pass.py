@@ -19,6 +19,7 @@ from runner.weights import ExpertSlabs
 Numbers = np.ndarray | Sequence[int]  # a few integers: lists are faster for one token's pairs
 
 _MAX_NODES = 16
+_ALIGNMENT_BYTES = 256  # where every device lets a view begin; experts of real models do
 
 
 class ExpertPass:
@@ -32,10 +33,15 @@ class ExpertPass:
         slabs: ExpertSlabs,
         n_pairs: int,
         has_one_token: bool,
+        slot: int | None = None,
     ) -> None:
-        """has_one_token: the batch, so that all pairs have the same input."""
+        """has_one_token: the batch, so that all pairs have the same input; slot: of all pairs, if
+        known. Then a kernel sees this one expert and no other slot: see `PassSet`."""
         self._graph = g = Graph(backend, _MAX_NODES)
         self._has_one_token = has_one_token
+        self._has_one_slot = slot is not None
+        if slot is not None:
+            slabs = _one_slot(g, slabs, slot)
         if has_one_token:  # the shape that the layer's graph has, so the same kernel
             x = g.first_rows(tensors.ffn_input, 1)
             slot_ids = g.matrix(tensors.slots, n_pairs, 1)
@@ -69,13 +75,22 @@ class ExpertPass:
         `Backend.synchronize` waits for the end.
         """
         self._pairs.array[:] = pairs
-        self._slots.array[:] = slots
+        self._slots.array[:] = 0 if self._has_one_slot else slots
         self._pairs.upload()
         self._slots.upload()
         if not self._has_one_token:
             np.floor_divide(pairs, self._n_expert_used, out=self._tokens.array, casting="unsafe")
             self._tokens.upload()
         self._graph.start()
+
+
+def _one_slot(g: Graph, slabs: ExpertSlabs, slot: int) -> ExpertSlabs:
+    """Views of one expert in each slab."""
+    views = []
+    for slab in (slabs.ffn_gate_exps, slabs.ffn_up_exps, slabs.ffn_down_exps):
+        (ne0, ne1, *_), (_, nb1, nb2, _) = slab.shape, slab.strides
+        views.append(g.view_3d(slab, (ne0, ne1, 1), (nb1, nb2), slot * nb2))
+    return ExpertSlabs(*views)
 
 
 def _port(backend: Backend, tensor: Tensor, n: int, kind: type[np.generic]) -> HostPort:
@@ -86,7 +101,12 @@ def _port(backend: Backend, tensor: Tensor, n: int, kind: type[np.generic]) -> H
 
 class PassSet:
     """The passes over all layers' slabs on one backend; keeps the small ones, which decoding
-    needs again and again."""
+    needs again and again.
+
+    On a device the experts of a batch are computed one by one, each in a slab of one slot: a
+    kernel may divide its work, and so round, by the number of slots in the slab and by which of
+    them is meant. What is computed must not depend on either.
+    """
 
     def __init__(
         self,
@@ -113,11 +133,14 @@ class PassSet:
         if layer is None:
             return
         largest = self._make(layer, n_batch * self._config.n_expert_used, n_batch == 1)
+        single = self._make(layer, self._config.n_expert_used, True)
         try:
             largest.reserve(self._allocator)
             largest.check_support()
+            single.check_support()
         finally:
             largest.close()
+            single.close()
 
     def has(self, layer: int) -> bool:
         """Whether the layer has slabs."""
@@ -135,8 +158,11 @@ class PassSet:
 
         n_tokens: of the batch.
         """
+        slot = self._lone_slot(layer, slots) if n_tokens > 1 else None
         key = (layer, len(pairs), n_tokens == 1)
-        experts = self._kept.get(key) or self._build(key)
+        experts = None if slot is not None else self._kept.get(key)
+        if experts is None:
+            experts = self._build(key, slot)
         try:
             experts.start(pairs, slots)
             meanwhile()
@@ -144,7 +170,7 @@ class PassSet:
             try:
                 self._backend.synchronize()
             finally:
-                if key not in self._kept:
+                if experts is not self._kept.get(key):
                     experts.close()
 
     def drop_all(self) -> None:
@@ -153,18 +179,33 @@ class PassSet:
             experts.close()
         self._kept.clear()
 
-    def _build(self, key: tuple[int, int, bool]) -> ExpertPass:
+    def _lone_slot(self, layer: int, slots: Numbers) -> int | None:
+        """The slot of all pairs of a batch on a device; None where slabs cannot be viewed so."""
+        slabs = self._slabs[layer]
+        assert slabs is not None
+        tensors = (slabs.ffn_gate_exps, slabs.ffn_up_exps, slabs.ffn_down_exps)
+        is_aligned = all(tensor.strides[2] % _ALIGNMENT_BYTES == 0 for tensor in tensors)
+        if self._backend.is_host or not is_aligned:
+            return None
+        slot = int(slots[0])
+        assert all(other == slot for other in slots), "on a device one expert at a time"
+        return slot
+
+    def _build(self, key: tuple[int, int, bool], slot: int | None) -> ExpertPass:
         layer, n_pairs, has_one_token = key
-        experts = self._make(layer, n_pairs, has_one_token)
+        experts = self._make(layer, n_pairs, has_one_token, slot)
         with ExitStack() as undo:
             undo.callback(experts.close)
             experts.lay_out(self._allocator)
             undo.pop_all()
-        if n_pairs <= self._config.n_expert_used:
+        if slot is None and n_pairs <= self._config.n_expert_used:
             self._kept[key] = experts
         return experts
 
-    def _make(self, layer: int, n_pairs: int, has_one_token: bool) -> ExpertPass:
+    def _make(
+        self, layer: int, n_pairs: int, has_one_token: bool, slot: int | None = None
+    ) -> ExpertPass:
         slabs = self._slabs[layer]
         assert slabs is not None, "a layer without experts has no passes"
-        return ExpertPass(self._backend, self._config, self._tensors, slabs, n_pairs, has_one_token)
+        settings = (self._backend, self._config, self._tensors, slabs, n_pairs, has_one_token)
+        return ExpertPass(*settings, slot)

@@ -2,6 +2,7 @@
 
 from collections import OrderedDict
 from contextlib import ExitStack, closing
+from dataclasses import replace
 
 from quant.ggml import GraphAllocator
 from runner.batch_graph import BatchGraph
@@ -47,12 +48,20 @@ class GraphCache:
         parts = self._parts
         with closing(BatchGraph(parts, largest)) as graph:
             graph.reserve(self._allocator)
-            if not parts.backend.is_host:
-                graph.check_support()
+        if not parts.backend.is_host:
+            self._check_support(largest)
         if parts.config.is_moe:
             is_restricted = parts.residency is not None
             with closing(TokenGraph(parts, largest.n_kv, is_restricted)) as token_graph:
                 token_graph.reserve(self._allocator)
+                if not parts.backend.is_host:
+                    token_graph.check_support()
+
+    def _check_support(self, largest: BatchShape) -> None:
+        """Prompts and single tokens: what a device can do depends on shapes too."""
+        for n_tokens in {largest.n_tokens, 1}:
+            with closing(BatchGraph(self._parts, replace(largest, n_tokens=n_tokens))) as graph:
+                graph.check_support()
 
     def _add(self, shape: BatchShape) -> BatchGraph:
         while len(self._graphs) >= _MAX_GRAPHS:

@@ -1,6 +1,7 @@
 """Owns the import of llama.cpp's low-level bindings and the capture of its log. Knows no model."""
 
 import functools
+import sys
 from collections import deque
 from typing import Any
 
@@ -40,6 +41,8 @@ class LlamaLibrary:
         if self._last_level not in (_WARN, _ERROR) or not text:
             return
         piece = text.decode("utf-8", "replace").rstrip("\n")
+        if self._last_level == _ERROR:  # ggml's come here too: the last of them may be a cause
+            print(piece, file=sys.stderr, flush=True)
         if level == _CONTINUE and self._lines:
             self._lines[-1] += piece
         else:

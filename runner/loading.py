@@ -1,4 +1,5 @@
-"""The steps that bring a model into memory, in the order of `Engine.__init__`. Computes nothing."""
+"""The single steps of bringing a model into memory, in the order in which `placement.place` takes
+them. Computes nothing."""
 
 from collections.abc import Callable
 from contextlib import ExitStack

@@ -1,5 +1,5 @@
-"""Brings a model into memory: opens its file, chooses where it runs, makes everything that a run
-computes with. Computes no token."""
+"""Opens a model's file, chooses where it runs, and makes everything that a run computes with, step
+by step (`loading.py`), or again with fewer slots. Computes no token."""
 
 from collections.abc import Callable
 from contextlib import ExitStack
@@ -87,9 +87,9 @@ def open_model(path: str | Path, config: EngineConfig, owned: ExitStack) -> Open
     """
     file = owned.enter_context(GGUFFile.open(path))
     model = read_model(file)
-    limits = choose_limits(config, model)
-    host = owned.enter_context(Backend.cpu(limits.n_threads))
     chosen = choose_device(config.device)
+    limits = choose_limits(config, model, is_on_host=chosen.device.kind == "cpu")
+    host = owned.enter_context(Backend.cpu(limits.n_threads))
     backend = host
     if chosen.device.kind != "cpu":
         backend = owned.enter_context(Backend.on(chosen.device))

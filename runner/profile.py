@@ -199,7 +199,7 @@ def _experts_of() -> "type[ExpertOutputs]":
         found = "is not installed" if isinstance(error, ModuleNotFoundError) else "does not load"
         raise ProfileError(
             f"a profile is made with PyTorch, which {found} ({error}): "
-            "pip install 'buddyrun[profile]'"
+            "uv tool install '.[profile]' in a checkout"
         ) from error
     return ExpertOutputs
 

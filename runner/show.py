@@ -64,6 +64,7 @@ class ReportedDevice:
     name: str
     free_bytes: int
     total_bytes: int
+    shares_host_memory: bool = False
 
     def memory_bytes(self) -> tuple[int, int]:
         """Free and total."""
@@ -207,7 +208,7 @@ def _expert_cache(
     run_config: EngineConfig, config: ModelConfig, sizes: ModelSizes, device: ReportedDevice | None
 ) -> ExpertCache:
     available: int | None = available_memory_bytes()
-    limits = choose_limits(run_config, config)
+    limits = choose_limits(run_config, config, is_on_host=device is None)
     n_ctx, n_batch = limits.n_ctx, limits.n_batch
     if device is None:
         plan = plan_cache(run_config, config, sizes, n_ctx, n_batch, available)

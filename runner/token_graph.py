@@ -42,6 +42,10 @@ class TokenGraph:
     def reserve(self, allocator: GraphAllocator) -> None:
         self._graph.reserve(allocator)
 
+    def check_support(self) -> None:
+        """Raise BackendError when the device cannot compute it."""
+        self._graph.check_support()
+
     def lay_out(self, allocator: GraphAllocator) -> None:
         self._graph.lay_out_within(allocator)
 

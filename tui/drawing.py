@@ -5,7 +5,6 @@ from collections.abc import Sequence
 _EIGHTHS = " ▏▎▍▌▋▊▉█"
 _LEVELS = " ▁▂▃▄▅▆▇█"
 _ASCII_LEVELS = " .:-=+*#%@"
-_NO_VALUE = " "
 
 
 def gauge(share: float, width: int, is_ascii: bool) -> tuple[str, str]:

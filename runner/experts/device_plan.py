@@ -23,6 +23,9 @@ class DeviceLike(Protocol):
     @property
     def name(self) -> str: ...
 
+    @property
+    def shares_host_memory(self) -> bool: ...
+
     def memory_bytes(self) -> tuple[int, int]:
         """Free and total."""
 
@@ -45,6 +48,9 @@ def plan_device(
     available, _ = device.memory_bytes()
     other = device_memory(config, model, sizes, n_ctx, n_batch)
     host = other_memory(config, model, sizes, n_ctx, n_batch, host_available)
+    is_shared = device.shares_host_memory and host_available is not None
+    if is_shared:
+        available = min(available, max(0, (host_available or 0) - host.headroom_bytes))
     has_room = host_available is None or sizes.all_experts_bytes + host.headroom_bytes < (
         host_available
     )
@@ -65,6 +71,9 @@ def plan_device(
     if min(n_slots) < 1:
         raise OptionError(_shortage(config, device, sizes, other, plan))
     _check_room(config, device, other, plan)
+    if is_shared:  # what the slots hold, the file's pages cannot have
+        left = (host_available or 0) - host.headroom_bytes - plan.n_bytes - other.n_bytes
+        plan = replace(plan, has_room_for_experts=sizes.all_experts_bytes < left)
     return replace(plan, notes=_notes(device, plan))
 
 

@@ -42,6 +42,7 @@ class DeviceSlots:
             queue = owned.enter_context(Backend.on(backend.device))
             self._uploads = Uploads(queue, PIECE_BYTES)
             owned.callback(self._uploads.close)
+            store.check_direct(self._uploads.memory)
             self._owned = owned.pop_all()
 
     def close(self) -> None:

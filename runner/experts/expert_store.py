@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from quant.errors import GGUFError
 from quant.gguf_file import ByteRange, GGUFFile
 from quant.read_only_file import BLOCK_BYTES, round_up
 from runner.checks.file_check import check_unchanged
@@ -101,6 +102,16 @@ class ExpertStore:
         blocks = memory[: round_up(before + piece.n_bytes, BLOCK_BYTES)]
         self._file.read_direct(piece.shard, piece.offset - before, blocks)
         return blocks[before : before + piece.n_bytes]
+
+    def check_direct(self, memory: memoryview) -> None:
+        """Read through the page cache where the system cannot read past it into this memory, as
+        into a driver's."""
+        if not self.is_direct:
+            return
+        try:
+            self._file.read_direct(0, 0, memory[:BLOCK_BYTES])
+        except GGUFError:
+            self.is_direct, self._drops_pages = False, True
 
     def check(self) -> None:
         """Raise ModelError when the file is not the one that was opened any more."""

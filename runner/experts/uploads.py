@@ -63,6 +63,11 @@ class Uploads:
         """Whether the device copies from this memory at full speed."""
         return self._memory.is_pinned
 
+    @property
+    def memory(self) -> memoryview:
+        """Of the first piece: what is read goes into memory of this kind."""
+        return self._ring[0][0].data
+
     def send(self, pieces: Iterable[Piece], read: ReadPiece) -> None:
         """Copy pieces; when it returns they are on the device.
 

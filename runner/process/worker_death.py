@@ -13,10 +13,17 @@ _WINDOWS_STATUS = {
     0xC000001D: "SIGILL",
     0xC0000409: "SIGABRT",
 }
-_DEVICE_MEMORY = re.compile(r"OutOfDeviceMemory|CUDA error: out of memory|cudaMalloc failed")
-_DEVICE_LOST = re.compile(r"DeviceLost|device was lost|CUDA error: ")
+_GPU_ERROR = r"(?:CUDA|ROCm|MUSA) error: "
+_DEVICE_MEMORY = re.compile(
+    rf"OutOfDeviceMemory|{_GPU_ERROR}out of memory|cudaMalloc failed|"
+    r"CUBLAS_STATUS_ALLOC_FAILED|resource allocation failed"
+)
+_DEVICE_LOST = re.compile(
+    r"DeviceLost|device was lost|device lost|unspecified launch failure|fallen off|ECC error"
+)
+_OTHER_GPU = re.compile(r"no kernel image|unsupported toolchain|invalid device function")
 _TELLING = re.compile(
-    r"GGML_ASSERT|CUDA error: |failed to allocate|out of memory|OutOfDeviceMemory|DeviceLost"
+    rf"GGML_ASSERT|{_GPU_ERROR}|failed to allocate|out of memory|OutOfDeviceMemory|DeviceLost"
 )
 _NOT_A_CAUSE = re.compile(r"Fatal Python error|Extension modules:|Current thread|Thread 0x")
 
@@ -39,9 +46,11 @@ class Circumstances:
         return Circumstances(model, n_bytes, _oom_kills())
 
 
-def lacked_device_memory(log: str) -> bool:
-    """Whether a worker with this stderr text ended because a GPU's memory ran out."""
-    return _DEVICE_MEMORY.search(log) is not None
+def lacked_device_memory(status: int | None, log: str) -> bool:
+    """Whether a worker with this exit status and stderr text ended because a GPU's memory ran
+    out. That some was refused earlier, when the model was loaded, does not count."""
+    is_abort = status is not None and _signal_name(status) == "SIGABRT"
+    return is_abort and _DEVICE_MEMORY.search(_telling_line(log)) is not None
 
 
 def explain(status: int | None, log: str, before: Circumstances) -> str:
@@ -102,12 +111,17 @@ def _sigbus(before: Circumstances) -> str:
 
 def _sigabrt(log: str) -> str:
     line = _telling_line(log)
-    if lacked_device_memory(log):
+    if _DEVICE_MEMORY.search(line):
         return f"The GPU ran out of memory ({line})."
     if _DEVICE_LOST.search(line):
         return (
             f"The GPU was lost ({line}): its driver gave up, as after an update, a standby or too"
             " much heat. --device cpu goes on without it."
+        )
+    if _OTHER_GPU.search(line):
+        return (
+            f"The installed llama-cpp-python was not built for this GPU ({line}): buddyrun doctor"
+            " says how to build it, --device cpu goes on without it."
         )
     if "bad_alloc" in line or re.search("out of memory|failed to allocate", line):
         return f"The engine ran out of memory ({line}). A smaller context (-c) needs less."

@@ -1,6 +1,7 @@
 """The flags of the commands, spelled as llama.cpp spells them. Knows no command and runs nothing.
 
-Every flag has an environment twin: `--ctx-size` is `BUDDYRUN_CTX_SIZE`. A flag beats its twin.
+A flag has an environment twin: `--ctx-size` is `BUDDYRUN_CTX_SIZE`. A flag beats its twin. What
+belongs to one command or one moment has none: the window of a measurement, `--yes`, `--json`.
 """
 
 import os
@@ -35,21 +36,26 @@ _MAX_BENCH_TOKENS = 1 << 20
 Params = dict[str, Any]  # what click makes of the command line, by parameter name
 
 
-def flag(*names: str, help: str, type: Any = None, default: Any = None) -> click.Option:
+def flag(
+    *names: str, help: str, type: Any = None, default: Any = None, has_twin: bool = True
+) -> click.Option:
     """An option with its environment twin; the last of `names` is the parameter's name."""
     return click.Option(
         names,
         help=help,
         type=type,
         default=default,
-        **_twin(names),
+        **(_twin(names) if has_twin else {}),
         show_default=default not in ("", None),
     )
 
 
-def switch(*names: str, help: str, default: bool | None = False) -> click.Option:
+def switch(
+    *names: str, help: str, default: bool | None = False, has_twin: bool = True
+) -> click.Option:
     """An on/off option with its environment twin."""
-    return click.Option(names, help=help, is_flag=True, default=default, **_twin(names))
+    twin = _twin(names) if has_twin else {}
+    return click.Option(names, help=help, is_flag=True, default=default, **twin)
 
 
 def _twin(names: Sequence[str]) -> Params:
@@ -314,7 +320,7 @@ def engine_config(params: Params) -> EngineConfig:
 
 
 def _settled_device(device: str, n_gpu_layers: int | None) -> str:
-    """What --device and -ngl say together. Raises OptionError when they contradict."""
+    """What --device and -ngl say together. Raises click.UsageError when they contradict."""
     if n_gpu_layers is None:
         return device
     is_cpu = n_gpu_layers == 0
@@ -325,7 +331,8 @@ def _settled_device(device: str, n_gpu_layers: int | None) -> str:
             return device
         if typed != ["n_gpu_layers"]:
             n_layers = "all" if n_gpu_layers < 0 else n_gpu_layers
-            raise OptionError(f"-ngl {n_layers} contradicts --device {device}: leave one out")
+            text = f"-ngl {n_layers} contradicts --device {device}: leave one out"
+            raise click.UsageError(text, context)
         device = DEVICE_AUTO
     if is_cpu:
         return DEVICE_CPU

@@ -13,6 +13,24 @@ EXAMPLES = (
     ('buddyrun MODEL.gguf -p "Why?" -n 64', "answer once and exit"),
     ('buddyrun MODEL.gguf "Sum up:" < notes.txt', "answer about what is piped in"),
 )
+_OF_LLAMA_CPP = {
+    ("-fa", "--flash-attn"): "attention is always flash attention",
+    ("-ncmoe", "--n-cpu-moe", "-cmoe", "--cpu-moe"): "--moe-cache says how many experts fit",
+    ("-ub", "--ubatch-size"): "-b says how many tokens are computed at once",
+    ("--mlock", "--no-mmap", "--mmap"): "weights stay in the mapped file, experts in --moe-cache",
+    ("-fit", "--fit"): "what fits is worked out; --fit-margin leaves memory to others",
+    ("-fitt", "--fit-target"): "--fit-margin says how much memory is left to others",
+    ("--jinja", "--no-jinja"): "the model's Jinja template is always used",
+    ("-i", "--interactive", "-if", "--interactive-first"): "it chats unless there is a prompt",
+    ("-sm", "--split-mode", "-ts", "--tensor-split", "-mg", "--main-gpu"): "one device computes;"
+    " --device chooses it",
+    ("-ot", "--override-tensor"): "--moe-cache says how many experts fit",
+    ("--host", "--port", "--api-key"): "buddyrun has no server",
+    ("-mm", "--mmproj", "--image"): "it reads text only",
+    ("-md", "--model-draft"): "there is no speculative decoding",
+    ("--lora", "--control-vector"): "it runs a model as its file is",
+}
+_INSTEAD = {name: what for names, what in _OF_LLAMA_CPP.items() for name in names}
 _USUAL = ("model", "prompt", "n_predict", "n_ctx", "n_threads", "system_prompt", "temperature")
 
 
@@ -94,12 +112,28 @@ class SectionedCommand(FlagCommand):
 class _FlagParser(_OptionParser):
     """Click's own parser, which has no public hook for this; a test guards its private name."""
 
+    def _match_long_opt(self, opt: str, explicit_value: str | None, state: _ParsingState) -> None:
+        if opt in self._long_opt:
+            super()._match_long_opt(opt, explicit_value, state)
+            return
+        if opt in _INSTEAD:
+            raise click.NoSuchOption(opt, _no_flag(opt), ctx=self.ctx)
+        longer = sorted(name for name in self._long_opt if name.startswith(opt)) if opt else []
+        if opt.startswith("--") and longer:
+            raise click.NoSuchOption(opt, possibilities=longer, ctx=self.ctx)
+        super()._match_long_opt(opt, explicit_value, state)
+
     def _match_short_opt(self, arg: str, state: _ParsingState) -> None:
         if not arg[2:3].isalpha():  # a number or a path may be glued on: -n4
             super()._match_short_opt(arg, state)
             return
         flag = arg.partition("=")[0]
-        raise click.NoSuchOption(flag, f"buddyrun has no flag {flag}.", ctx=self.ctx)
+        raise click.NoSuchOption(flag, _no_flag(flag), ctx=self.ctx)
+
+
+def _no_flag(flag: str) -> str:
+    instead = f": {_INSTEAD[flag]}." if flag in _INSTEAD else "."
+    return f"buddyrun has no flag {flag}{instead}"
 
 
 def _help_rows(params: Sequence[click.Parameter], ctx: click.Context) -> list[tuple[str, str]]:

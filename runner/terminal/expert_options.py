@@ -38,8 +38,8 @@ EXPERT_FLAGS = (
     _SLOTS_FLAG,
     flag(
         *("--moe-cache-policy", "moe_cache_policy"),
-        help="Which expert makes room: the one unused for longest, the least used one, or all"
-        " but the most used ones.",
+        help="Which expert makes room: lru, the one unused for longest; lfu, the one used least"
+        " lately; static: one slot of a layer changes, the others keep what came first.",
         type=click.Choice(CACHE_POLICIES),
         default=EngineConfig.moe_cache_policy,
     ),

@@ -56,20 +56,24 @@ PULL_PARAMS: tuple[click.Parameter, ...] = (
     *HUB_FLAGS,
     flag("--local-dir", "local_dir", help="A folder for the files, not the cache.", type=FILE),
     switch("--dry-run", "dry_run", help="Only say what would come and how it would run."),
-    switch("--force", "force", help="Fetch it even if it cannot be run on this machine."),
-    switch("--json", "as_json", help="Print JSON."),
+    switch(
+        *("--force", "force"),
+        help="Fetch it even if it cannot be run on this machine.",
+        has_twin=False,
+    ),
+    switch("--json", "as_json", help="Print JSON.", has_twin=False),
     switch("-v", "--verbose", "verbose", help="Show traces of bugs."),
 )
 
 LIST_PARAMS: tuple[click.Parameter, ...] = (
     click.Argument(["folders"], nargs=-1, metavar="[FOLDER]...", type=FILE),
-    switch("--json", "as_json", help="Print JSON."),
+    switch("--json", "as_json", help="Print JSON.", has_twin=False),
     switch("-v", "--verbose", "verbose", help="Show traces of bugs."),
 )
 
 REMOVE_PARAMS: tuple[click.Parameter, ...] = (
     click.Argument(["word"], metavar="NAME", type=MODEL),
-    switch("-y", "--yes", "yes", help="Do not ask."),
-    switch("--json", "as_json", help="Print JSON."),
+    switch("-y", "--yes", "yes", help="Do not ask.", has_twin=False),
+    switch("--json", "as_json", help="Print JSON.", has_twin=False),
     switch("-v", "--verbose", "verbose", help="Show traces of bugs."),
 )

@@ -7,9 +7,11 @@ from pathlib import Path
 from runner.errors import BuddyrunError, ModelError
 from runner.hub.model_name import looks_like_name
 
+_HUB_NAME = " MODEL is the path of a .gguf file, or user/repo:QUANT on Hugging Face"
 _QUANT_NAME = re.compile(r"(.*:)?(I?Q\d_\w+|F16|BF16|F32|MXFP4\w*)", re.IGNORECASE)
 
 
+_OLLAMA_NAME = re.compile(r"[\w.-]+:[\w.-]+")
 _DEMO_WORD, _DEMO_MODEL = "demo", "buddy-demo-q8_0.gguf"
 
 
@@ -71,7 +73,11 @@ def _remedy(text: str, path: Path, commands: list[str]) -> str:
         return f" Did you mean the command '{close[0]}'?"
     if _QUANT_NAME.fullmatch(text):
         return " That looks like the name of a quantization; MODEL is the path of a .gguf file."
-    return " MODEL is the path of a .gguf file; `buddyrun demo` runs without one."
+    if text == "serve":
+        return " buddyrun has no server; `buddyrun MODEL` chats."
+    if _OLLAMA_NAME.fullmatch(text):
+        return _HUB_NAME + " as in `buddyrun pull user/repo:Q4_K_M`."
+    return _HUB_NAME + "; `buddyrun demo` runs without one."
 
 
 def _near_files(path: Path) -> str:

@@ -36,12 +36,13 @@ def answer_once(
 def remarks(
     result: GenerateResult, info: ModelInfo, began_s: float, err: TextIO, verbose: bool
 ) -> None:
-    """Timings and how the answer ended, on stderr: always when asked for, else for a person."""
+    """Timings and how the answer ended, on stderr: always when asked for, else for a person. That
+    somebody stood in is told always."""
     if verbose:
         lines = list(eight_labels(result, time.monotonic() - began_s, info.load_s))
         lines += [f"note: {note}" for note in info.notes]
     else:
-        lines = [summary(result)] if err.isatty() else []
+        lines = [summary(result)] if err.isatty() else _standins(result)
     lines += [f"buddyrun: {warning}" for warning in info.warnings]
     if result.stop_reason == "context":
         lines.append(
@@ -52,3 +53,14 @@ def remarks(
         lines.append(f"buddyrun: {REPEATS[0].lower()}{REPEATS[1:-1]}")
     for line in lines:
         print(visible(line), file=err)
+
+
+def _standins(result: GenerateResult) -> list[str]:
+    n_replaced = result.n_substituted + result.n_dropped
+    if not n_replaced:
+        return []
+    n_pairs = n_replaced + result.n_hit + result.n_loaded + result.n_on_host
+    return [
+        f"buddyrun: {100 * n_replaced / n_pairs:.1f} % of the experts were stood in for;"
+        " --exact lets nobody stand in"
+    ]

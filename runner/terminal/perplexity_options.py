@@ -3,7 +3,7 @@
 import click
 
 from runner.config import MAX_CTX
-from runner.terminal.cli_options import ENVIRONMENT_PREFIX, FILE, flag, switch
+from runner.terminal.cli_options import FILE, flag, switch
 
 _N_CTX = 512  # as in llama-perplexity
 
@@ -15,8 +15,6 @@ def texts_flag(help: str) -> click.Option:
         help=help,
         type=FILE,
         multiple=True,
-        envvar=f"{ENVIRONMENT_PREFIX}_FILE",
-        show_envvar=True,
     )
 
 
@@ -27,6 +25,7 @@ def max_tokens_flag(default: int) -> click.Option:
         help="Most tokens of each text, from its start; 0 = all.",
         type=click.IntRange(0),
         default=default,
+        has_twin=False,
     )
 
 
@@ -35,6 +34,7 @@ WINDOW_FLAG = flag(
     help="Tokens of a window; each begins with an empty context.",
     type=click.IntRange(2, MAX_CTX),
     default=_N_CTX,
+    has_twin=False,  # a chat's context is another thing
 )
 
 PERPLEXITY_FLAGS = (
@@ -47,6 +47,6 @@ PERPLEXITY_FLAGS = (
         default=0,
     ),
     max_tokens_flag(0),
-    switch("--json", "as_json", help="Print JSON."),
+    switch("--json", "as_json", help="Print JSON.", has_twin=False),
     switch("-v", "--verbose", "verbose", help="Show each window's figures, and traces of bugs."),
 )

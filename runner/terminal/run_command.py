@@ -124,7 +124,8 @@ def reported_device(name: str) -> "ReportedDevice | None":
         if device.name == wanted:
             if not device.is_gpu:
                 return None
-            return ReportedDevice(device.name, device.free_bytes or 0, device.total_bytes)
+            free_bytes, is_shared = device.free_bytes or 0, device.shares_host_memory
+            return ReportedDevice(device.name, free_bytes, device.total_bytes, is_shared)
     names = ", ".join(device.name for device in report.devices)
     raise OptionError(f"--device {name}: the installed llama-cpp-python can use {names}")
 

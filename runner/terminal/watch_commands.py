@@ -32,7 +32,7 @@ def _ps(as_json: bool) -> None:
 _TOP_PARAMS = (
     click.Argument(["pid"], required=False, metavar="[PID]", type=int),
     options.switch("--once", help="Print one text and exit."),
-    options.switch("--json", "as_json", help="Print one JSON object and exit."),
+    options.switch("--json", "as_json", help="Print one JSON object and exit.", has_twin=False),
     options.switch("--follow", help="With --json: one line of JSON for each moment, to the end."),
     click.Option(
         ["--record"],
@@ -61,7 +61,7 @@ WATCH_COMMANDS = (
     ),
     FlagCommand(
         "ps",
-        params=[options.switch("--json", "as_json", help="Print JSON.")],
+        params=[options.switch("--json", "as_json", help="Print JSON.", has_twin=False)],
         callback=_ps,
         short_help="List the running buddyruns",
         help="List your running buddyruns: the model, what each does, how its cache does.",

@@ -46,6 +46,10 @@ CACHE_FIELDS = [
     "load_rate",
     "host_rate",
     "load_bytes",
+    "buddy",
+    "buddy_budget",
+    "substitute_rate",
+    "drop_rate",
 ]
 LLAMA_BENCH_FIELDS = [
     "cpu_info",
@@ -117,14 +121,26 @@ def test_a_cache_has_a_column_and_its_hits_another() -> None:
 
 def test_json_says_what_the_cache_did() -> None:
     first, second = json.loads("\n".join(lines("json", CACHE_SAMPLES, CACHE_INFO)))
-    assert list(first)[-7:] == CACHE_FIELDS
-    assert [first[name] for name in CACHE_FIELDS] == [900, 3, "static", 0.7, 0.1, 0.08, 5000]
-    assert [second[name] for name in CACHE_FIELDS[3:]] == [0.0, 0.0, 0.0, 0]
+    assert list(first)[-len(CACHE_FIELDS) :] == CACHE_FIELDS
+    figures = [900, 3, "static", 0.7, 0.1, 0.08, 5000, "", 0.0, 0.07, 0.05]
+    assert [first[name] for name in CACHE_FIELDS] == figures
+    assert [second[name] for name in CACHE_FIELDS[3:]] == [0.0, 0.0, 0.0, 0, "", 0.0, 0.0, 0.0]
+
+
+def test_who_stood_in_has_two_columns_more() -> None:
+    info = replace(CACHE_INFO, buddy="router", buddy_budget=0.05)
+    printed = [[cell.strip() for cell in line.strip("|").split("|")]
+               for line in lines("md", CACHE_SAMPLES, info)]  # fmt: skip
+    assert printed[0][5:] == ["cache", "buddy", "test", "t/s", "hit", "stood in"]
+    assert printed[2][5:7] == ["3 static", "router 5 %"]
+    assert printed[2][-2:] == ["70.0 %", "12.0 %"] and printed[3][-1] == "0.0 %"
+    assert len({len(line) for line in lines("md", CACHE_SAMPLES, info)[:4]}) == 1
 
 
 def test_without_a_cache_the_fields_are_there_and_the_columns_are_not() -> None:
     found = json.loads(lines("jsonl", [BenchSample(8, 0, (SECOND,), n_hit=32)])[0])
-    assert [found[name] for name in CACHE_FIELDS] == [0, 0, "", 1.0, 0.0, 0.0, 0]
+    figures = [0, 0, "", 1.0, 0.0, 0.0, 0, "", 0.0, 0.0, 0.0]
+    assert [found[name] for name in CACHE_FIELDS] == figures
     assert next(csv.DictReader(io.StringIO("\n".join(lines("csv")))))["moe_cache_slots"] == "0"
     assert "cache" not in lines("md")[0] and "hit" not in lines("md")[0]
 

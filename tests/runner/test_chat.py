@@ -84,6 +84,20 @@ def test_a_long_answer_of_stand_ins_that_repeats_itself_is_remarked_on(
     assert err.getvalue() == (f"{expected} reason\n" if is_said else "")
 
 
+@pytest.mark.parametrize(
+    ("n_substituted", "n_dropped", "said"),
+    [(0, 0, ""), (3, 1, "buddyrun: 40.0 % of the experts were stood in for; --exact lets nobody")],
+)
+def test_stand_ins_are_told_in_a_script_too(n_substituted: int, n_dropped: int, said: str) -> None:
+    answer = replace(
+        result(), n_hit=3, n_loaded=2, n_on_host=1, n_substituted=n_substituted,
+        n_dropped=n_dropped,
+    )  # fmt: skip
+    err = io.StringIO()
+    remarks(answer, INFO, 0.0, err, verbose=False)
+    assert err.getvalue() == (f"{said} stand in\n" if said else "")
+
+
 def test_without_a_cache_the_last_line_has_no_hits() -> None:
     served = replace(result(), n_hit=8)
     assert "hit" not in ScriptedChat(["?"], [["ok", served]]).run()

@@ -2,6 +2,7 @@
 
 import io
 import json
+import re
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -133,6 +134,16 @@ def test_a_chat_over_pipes_takes_one_line_a_turn(model: str) -> None:
     assert done.stdout == b"You said 'one'\nYou said 'two\\nlines'\n"
     assert b"There is no command /nothing" in done.stderr
     assert done.returncode == 0
+
+
+@pytest.mark.parametrize(
+    "arguments", [["perplexity", str(DEMO), "-f", "/nowhere"], ["bench", str(DEMO), "--frontier"]]
+)
+def test_what_belongs_to_one_command_has_no_twin(arguments: list[str]) -> None:
+    done = buddyrun(*arguments, "-c", "1")
+    assert done.returncode == 2 and b"2<=x" in done.stderr
+    done = buddyrun(*arguments, "--tokens", "x", BUDDYRUN_CTX_SIZE="1")
+    assert done.returncode == 2 and b"2<=x" not in done.stderr
 
 
 def test_every_flag_has_a_twin_and_the_flag_wins(model: str, tmp_path: Path) -> None:
@@ -285,12 +296,36 @@ def test_a_flag_of_llama_cpp_that_is_missing_here_is_named_whole(
 ) -> None:
     done = buddyrun(*command, *arguments)
     assert (done.returncode, done.stdout) == (2, b"")
-    assert f"buddyrun has no flag {arguments[0].partition('=')[0]}.".encode() in done.stderr
+    assert re.search(rf"buddyrun has no flag {arguments[0].partition('=')[0]}[.:]", _told(done))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["-fa", "on"], "no flag -fa: attention is always flash attention."),
+        (["--flash-attn"], "no flag --flash-attn: attention is always flash attention."),
+        (["--n-cpu-moe", "4"], "no flag --n-cpu-moe: --moe-cache says how many experts fit."),
+        (["-ncmoe", "4"], "no flag -ncmoe: --moe-cache says how many experts fit."),
+        (["--no-mmap"], "no flag --no-mmap: weights stay in the mapped file"),
+        (["--ctx", "5"], "Did you mean '--ctx-size'?"),
+        (["--moe-cach", "5"], "--moe-cache"),
+    ],
+)
+def test_a_flag_of_llama_cpp_is_told_what_there_is_instead(
+    arguments: list[str], words: str
+) -> None:
+    done = buddyrun("demo", "-p", "x", *arguments)
+    assert done.returncode == 2 and words in _told(done)
+
+
+def _told(done: Any) -> str:
+    """What was said, on one line."""
+    return " ".join(done.stderr.decode().split())
 
 
 def test_a_missing_flag_with_the_letter_of_a_file_flag_reads_no_file(model: str) -> None:
     done = buddyrun(model, "-p", "hi", "-fa", "on")
-    assert done.returncode == 2 and b"no flag -fa." in done.stderr
+    assert done.returncode == 2 and b"no flag -fa:" in done.stderr
 
 
 @pytest.mark.parametrize(
@@ -427,8 +462,8 @@ def test_a_device_and_layers_that_contradict_are_one_message(
     command: list[str], arguments: list[str], words: str
 ) -> None:
     done = buddyrun(*command, *arguments)
-    assert (done.returncode, done.stdout) == (1, b"")
-    assert done.stderr.decode() == f"buddyrun: {words}: leave one out\n"
+    assert (done.returncode, done.stdout) == (2, b"")
+    assert done.stderr.decode().endswith(f"Error: {words}: leave one out\n")
 
 
 @pytest.mark.parametrize(

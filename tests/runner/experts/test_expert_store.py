@@ -7,11 +7,13 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
 from gguf import GGMLQuantizationType as T
 
+from quant.errors import GGUFError
 from quant.gguf_file import ByteRange, GGUFFile
 from quant.read_only_file import BLOCK_BYTES, round_up
 from runner.checks.read_model import read_model
@@ -19,6 +21,7 @@ from runner.errors import BuddyrunError, ModelError
 from runner.experts import expert_store
 from runner.experts.expert_store import BELIEVED_S, ExpertCosts, ExpertStore
 from runner.experts.slot_memory import Parts, SlotPart
+from runner.experts.uploads import Piece
 from tests.page_cache import bytes_read_from_disk, cached_pages, tells_what_is_cached
 from tests.random_model import RandomModel, write_random_model
 
@@ -114,6 +117,23 @@ def assert_has_expert(
 
 
 # reading
+
+
+def test_memory_that_direct_reads_cannot_reach_is_read_to_through_the_page_cache(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with direct_store(write(tmp_path, SHAPES["half blocks"])) as (store, file):
+        memory = memoryview(mmap.mmap(-1, 1 << 20))
+        store.check_direct(memory)
+        assert store.is_direct
+        refuse = Mock(side_effect=GGUFError("bad address"))
+        monkeypatch.setattr(file, "read_direct", refuse)
+        store.check_direct(memory)
+        assert not store.is_direct and refuse.call_count == 1
+        monkeypatch.undo()
+        part = store.ranges(0, 0).parts[0]
+        piece = Piece(part.shard, part.offset, part.n_bytes, Mock(), 0)
+        assert store.read_piece(piece, memory) == file_bytes(file, part)
 
 
 @pytest.mark.parametrize("shift", [0, 32, 4064])

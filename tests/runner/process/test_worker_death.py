@@ -5,7 +5,7 @@ import re
 import pytest
 
 from runner.process import worker_death
-from runner.process.worker_death import Circumstances, explain
+from runner.process.worker_death import Circumstances, explain, lacked_device_memory
 
 NOTHING = Circumstances()
 DUMP = """
@@ -53,6 +53,31 @@ Current thread 0x00007f (most recent call first):
 )
 def test_the_cause_is_in_the_message(status, log, words):
     assert re.search(words, explain(status, log, NOTHING))
+
+
+REFUSED = "alloc_buffer: allocating 900.00 MiB on device 0: cudaMalloc failed: out of memory\n"
+CUDA = "CUDA error: {}\n  current device: 0, in function f at a.cu:9\na.cu:105: CUDA error" + DUMP
+
+
+@pytest.mark.parametrize(
+    ("status", "log", "is_lacking", "words"),
+    [
+        (-6, CUDA.format("out of memory"), True, "GPU ran out of memory"),
+        (-6, CUDA.format("out of memory").replace("CUDA", "ROCm"), True, "GPU ran out of memory"),
+        (-6, CUDA.format("CUBLAS_STATUS_ALLOC_FAILED"), True, "GPU ran out of memory"),
+        (-6, "ErrorOutOfDeviceMemory" + DUMP, True, "GPU ran out of memory"),
+        (0xC0000409, CUDA.format("out of memory"), True, "GPU ran out of memory"),
+        (-6, REFUSED + "ggml.c:9: GGML_ASSERT(x) failed" + DUMP, False, "GGML_ASSERT"),
+        (-9, REFUSED, False, "killed"),
+        (None, REFUSED, False, "stopped answering"),
+        (-6, CUDA.format("unspecified launch failure"), False, "GPU was lost"),
+        (-6, CUDA.format("no kernel image is available"), False, "not built for this GPU"),
+        (-6, CUDA.format("an illegal memory access"), False, "check in native code failed: CUDA"),
+    ],
+)
+def test_a_gpu_s_end_is_told_apart(status, log, is_lacking, words):
+    assert lacked_device_memory(status, log) == is_lacking
+    assert words in explain(status, log, NOTHING)
 
 
 @pytest.mark.parametrize(

@@ -26,7 +26,8 @@ def test_a_file_is_found(tmp_path: Path) -> None:
         ("mixtral:q4_0", "name of a quantization"),
         ("IQ4_XS", "name of a quantization"),
         ("shwo", "the command 'show'"),
-        ("models/x.gguf", "MODEL is the path"),
+        ("models/x.gguf", "MODEL is the path of a .gguf file, or user/repo:QUANT"),
+        ("serve", "has no server"),
         ("", "MODEL is the path"),
     ],
 )
@@ -62,6 +63,10 @@ def test_demo_is_the_demo_model_unless_there_is_such_a_file_or_command(
     assert "The command comes first: buddyrun demo" in message("demo")
     (tmp_path / "demo").touch()
     assert find_model("demo", []) == Path("demo")
+
+
+def test_a_name_as_ollama_has_them_is_told_how_models_are_called_here() -> None:
+    assert "buddyrun pull user/repo:Q4_K_M" in message("mixtral:8x7b")
 
 
 def test_a_mistyped_name_gets_the_right_one(tmp_path: Path) -> None:
