@@ -130,9 +130,10 @@ class Backend(_Owner):
         """n_threads means something to the CPU only."""
         handle = ggml.backend_dev_init(device.handle, None)
         if not handle:
+            remedy = ": --device cpu goes on without it" if device.is_gpu else ""
             raise BackendError(
-                f"{device.name} ({device.description}) could not be opened, as its driver refused: "
-                "--device cpu goes on without it"
+                f"{device.name} ({device.description}) could not be opened: ggml or its driver "
+                f"refused{remedy}"
             )
         super().__init__(ggml, handle, "a backend")
         self.device = device
