@@ -300,7 +300,7 @@ commands = DefaultGroup(
             params=[
                 click.Argument(["word"], required=False, metavar="MODEL", type=MODEL),
                 options.MODEL_FLAG,
-                options.switch("--json", "as_json", help="Print JSON."),
+                options.switch("--json", "as_json", help="Print JSON.", has_twin=False),
                 options.switch("--template", "template", help="Print the chat template too."),
                 *HUB_FLAGS,
                 *SHOW_DEVICE_FLAGS,
@@ -351,7 +351,7 @@ commands = DefaultGroup(
         FlagCommand(
             "doctor",
             params=[
-                options.switch("--json", "as_json", help="Print JSON."),
+                options.switch("--json", "as_json", help="Print JSON.", has_twin=False),
                 options.switch("--no-measure", "no_measure", help="Measure nothing: at once."),
                 options.VERBOSE_FLAG,
             ],

@@ -12,5 +12,5 @@ class DeviceMemory:
     kv_bytes: int  # keys and values of the whole context
     compute_bytes: int  # what passes within and between graphs
     slots_bytes: int  # for experts
-    free_before_bytes: int  # by what the driver said
+    free_before_bytes: int  # by what the driver said; in shared memory, what the host has
     free_bytes: int  # likewise, after loading

@@ -54,14 +54,15 @@ class GraphCache:
             is_restricted = parts.residency is not None
             with closing(TokenGraph(parts, largest.n_kv, is_restricted)) as token_graph:
                 token_graph.reserve(self._allocator)
-                if not parts.backend.is_host:
-                    token_graph.check_support()
 
     def _check_support(self, largest: BatchShape) -> None:
         """Prompts and single tokens: what a device can do depends on shapes too."""
         for n_tokens in {largest.n_tokens, 1}:
             with closing(BatchGraph(self._parts, replace(largest, n_tokens=n_tokens))) as graph:
                 graph.check_support()
+        if self._parts.config.is_moe:
+            with closing(TokenGraph(self._parts, largest.n_kv, is_restricted=False)) as whole:
+                whole.check_support()
 
     def _add(self, shape: BatchShape) -> BatchGraph:
         while len(self._graphs) >= _MAX_GRAPHS:

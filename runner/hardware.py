@@ -44,9 +44,18 @@ def available_memory_bytes() -> int | None:
     return max(0, min(known)) if known else None
 
 
+def total_memory_bytes() -> int | None:
+    """The memory of this machine; None where the system does not say."""
+    return _in_meminfo("MemTotal:")
+
+
 def _available() -> int | None:
+    return _in_meminfo("MemAvailable:")
+
+
+def _in_meminfo(name: str) -> int | None:
     for line in _read(_MEMINFO).splitlines():
-        if line.startswith("MemAvailable:"):
+        if line.startswith(name):
             return int(line.split()[1]) * 1024
     return None
 

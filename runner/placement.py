@@ -23,7 +23,7 @@ from runner.experts.expert_runner import ExpertRunner
 from runner.experts.miss_planner import MissPlanner
 from runner.experts.usage_file import UsageFile
 from runner.graph_cache import GraphCache
-from runner.hardware import available_memory_bytes
+from runner.hardware import available_memory_bytes, total_memory_bytes
 from runner.kv_cache import padded_context
 from runner.model_config import ModelConfig
 from runner.model_sizes import ModelSizes, model_sizes
@@ -135,7 +135,7 @@ def _plan(opened: OpenedModel) -> CachePlan:
     settings = (opened.config, opened.model, opened.sizes, limits.n_ctx, limits.n_batch)
     if opened.backend.is_host:
         return plan_cache(*settings, available)
-    return plan_device(*settings, opened.backend.device, available)
+    return plan_device(*settings, opened.backend.device, available, total_memory_bytes())
 
 
 def _place(

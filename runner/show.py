@@ -11,7 +11,7 @@ from runner.engine_limits import choose_limits
 from runner.experts.cache_plan import plan_cache
 from runner.experts.device_plan import plan_device
 from runner.experts.other_memory import device_memory, other_memory
-from runner.hardware import available_memory_bytes
+from runner.hardware import available_memory_bytes, total_memory_bytes
 from runner.model_config import ModelConfig
 from runner.model_sizes import ModelSizes, kv_bytes_per_token, model_sizes
 
@@ -214,7 +214,8 @@ def _expert_cache(
         plan = plan_cache(run_config, config, sizes, n_ctx, n_batch, available)
         other = other_memory(run_config, config, sizes, n_ctx, n_batch, available)
     else:
-        plan = plan_device(run_config, config, sizes, n_ctx, n_batch, device, available)
+        settings = (run_config, config, sizes, n_ctx, n_batch)
+        plan = plan_device(*settings, device, available, total_memory_bytes())
         other = device_memory(run_config, config, sizes, n_ctx, n_batch)
         available = plan.available_bytes
     n_experts = config.n_layer * config.n_expert

@@ -38,17 +38,21 @@ def plan_device(
     n_batch: int,
     device: DeviceLike,
     host_available: int | None,
+    host_total: int | None = None,
 ) -> CachePlan:
     """Give the slots what the other weights, keys and values and graphs leave of the device.
 
-    `host_available`: free memory of the host, None if unknown. Raises OptionError that says what
-    takes the memory, and what to do.
+    `host_available`, `host_total`: free memory of the host, and all of it; None if unknown. A
+    device in the host's memory takes no more than that has; one that tells of more than all of it
+    has some of its own, set aside when the machine starts. Raises OptionError that says what takes
+    the memory, and what to do.
     """
     check_flags(config, model, n_smallest=1)
-    available, _ = device.memory_bytes()
+    available, total = device.memory_bytes()
     other = device_memory(config, model, sizes, n_ctx, n_batch)
     host = other_memory(config, model, sizes, n_ctx, n_batch, host_available)
-    is_shared = device.shares_host_memory and host_available is not None
+    has_own = host_total is not None and total > host_total
+    is_shared = device.shares_host_memory and host_available is not None and not has_own
     if is_shared:
         available = min(available, max(0, (host_available or 0) - host.headroom_bytes))
     has_room = host_available is None or sizes.all_experts_bytes + host.headroom_bytes < (

@@ -23,7 +23,8 @@ _DEVICE_LOST = re.compile(
 )
 _OTHER_GPU = re.compile(r"no kernel image|unsupported toolchain|invalid device function")
 _TELLING = re.compile(
-    rf"GGML_ASSERT|{_GPU_ERROR}|failed to allocate|out of memory|OutOfDeviceMemory|DeviceLost"
+    rf"GGML_ASSERT|{_GPU_ERROR}|failed to allocate|out of memory|OutOfDeviceMemory|DeviceLost|"
+    r"bad_alloc|\.(?:c|cc|cpp|cu|cuh|h|hpp|m):\d+: (?!(?:CUDA|ROCm|MUSA) error)"
 )
 _NOT_A_CAUSE = re.compile(r"Fatal Python error|Extension modules:|Current thread|Thread 0x")
 

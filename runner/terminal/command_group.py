@@ -124,7 +124,8 @@ class _FlagParser(_OptionParser):
         super()._match_long_opt(opt, explicit_value, state)
 
     def _match_short_opt(self, arg: str, state: _ParsingState) -> None:
-        if not arg[2:3].isalpha():  # a number or a path may be glued on: -n4
+        is_known = arg in _INSTEAD and arg not in self._short_opt
+        if not arg[2:3].isalpha() and not is_known:  # a number or a path may be glued on: -n4
             super()._match_short_opt(arg, state)
             return
         flag = arg.partition("=")[0]

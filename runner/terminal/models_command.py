@@ -65,7 +65,7 @@ def remove_model(word: str, is_sure: bool, as_json: bool) -> None:
     """Ask, then remove a model from the cache. Raises HubError, click.Abort."""
     removal = _removal(word)
     if not is_sure:
-        names = ", ".join(removal.names) or f"unfinished downloads of {removal.repo}"
+        names = ", ".join(removal.names) or f"what is left of {removal.repo}"
         text = f"Remove {names} ({bytes_text(removal.n_bytes)})?"
         click.confirm(visible_line(text), abort=True, err=True)
     remove(removal)

@@ -136,14 +136,14 @@ def test_a_chat_over_pipes_takes_one_line_a_turn(model: str) -> None:
     assert done.returncode == 0
 
 
-@pytest.mark.parametrize(
-    "arguments", [["perplexity", str(DEMO), "-f", "/nowhere"], ["bench", str(DEMO), "--frontier"]]
-)
-def test_what_belongs_to_one_command_has_no_twin(arguments: list[str]) -> None:
-    done = buddyrun(*arguments, "-c", "1")
+def test_what_belongs_to_one_command_has_no_twin() -> None:
+    perplexity = ["perplexity", str(DEMO), "-f", "/nowhere/text"]
+    done = buddyrun(*perplexity, "-c", "1")
     assert done.returncode == 2 and b"2<=x" in done.stderr
-    done = buddyrun(*arguments, "--tokens", "x", BUDDYRUN_CTX_SIZE="1")
-    assert done.returncode == 2 and b"2<=x" not in done.stderr
+    done = buddyrun(*perplexity, BUDDYRUN_CTX_SIZE="1", BUDDYRUN_TOKENS="-1")
+    assert done.returncode == 1 and b"/nowhere/text" in done.stderr
+    done = buddyrun("show", "demo", BUDDYRUN_JSON="1")
+    assert done.returncode == 0 and not done.stdout.startswith(b"{")
 
 
 def test_every_flag_has_a_twin_and_the_flag_wins(model: str, tmp_path: Path) -> None:
@@ -306,6 +306,7 @@ def test_a_flag_of_llama_cpp_that_is_missing_here_is_named_whole(
         (["--flash-attn"], "no flag --flash-attn: attention is always flash attention."),
         (["--n-cpu-moe", "4"], "no flag --n-cpu-moe: --moe-cache says how many experts fit."),
         (["-ncmoe", "4"], "no flag -ncmoe: --moe-cache says how many experts fit."),
+        (["-i"], "no flag -i: it chats unless there is a prompt."),
         (["--no-mmap"], "no flag --no-mmap: weights stay in the mapped file"),
         (["--ctx", "5"], "Did you mean '--ctx-size'?"),
         (["--moe-cach", "5"], "--moe-cache"),

@@ -181,8 +181,6 @@ PARENT = """
 import sys
 sys.path.insert(0, {root!r})
 from runner.process import worker_process
-from tests.paths import ROOT
-from tests.runner.engine_client.fake_worker import CONFIG, POSIX_ONLY, PROGRAM, answer_stop, ask
 from runner.engine_client import Client
 from runner.config import GenerateRequest
 worker_process.PROGRAM = {program!r}

@@ -54,14 +54,20 @@ def test_a_device_in_the_hosts_memory_takes_no_more_than_the_host_has() -> None:
     some_bytes = sum(SIZES.expert_bytes) * MODEL.n_expert // 2 + OTHER
     half = some_bytes + other_memory(CONFIG, MODEL, SIZES, 512, 64, some_bytes).headroom_bytes
     plans = [
-        plan_device(CONFIG, MODEL, SIZES, 512, 64, some, some_host)
-        for some, some_host in ((own, half), (shared, half), (shared, 4 * PLENTY), (shared, None))
+        plan_device(CONFIG, MODEL, SIZES, 512, 64, some, some_host, total)
+        for some, some_host, total in (
+            (own, half, PLENTY),
+            (shared, half, PLENTY),
+            (shared, 4 * PLENTY, 4 * PLENTY),
+            (shared, None, None),
+            (shared, half, PLENTY - 1),  # of memory that was set aside
+        )
     ]
     assert min(plans[0].n_slots) == MODEL.n_expert
     headroom = other_memory(CONFIG, MODEL, SIZES, 512, 64, half).headroom_bytes
     assert plans[1].n_bytes + OTHER + headroom <= half and max(plans[1].n_slots) < MODEL.n_expert
     assert not plans[1].has_room_for_experts
-    assert plans[2].n_slots == plans[3].n_slots == plans[0].n_slots
+    assert plans[2].n_slots == plans[3].n_slots == plans[4].n_slots == plans[0].n_slots
     assert plans[2].has_room_for_experts
 
 

@@ -56,6 +56,7 @@ def test_the_cause_is_in_the_message(status, log, words):
 
 
 REFUSED = "alloc_buffer: allocating 900.00 MiB on device 0: cudaMalloc failed: out of memory\n"
+FAILED = "ggml_backend_alloc_ctx_tensors: failed to allocate CUDA0 buffer of size 943718400\n"
 CUDA = "CUDA error: {}\n  current device: 0, in function f at a.cu:9\na.cu:105: CUDA error" + DUMP
 
 
@@ -68,6 +69,8 @@ CUDA = "CUDA error: {}\n  current device: 0, in function f at a.cu:9\na.cu:105: 
         (-6, "ErrorOutOfDeviceMemory" + DUMP, True, "GPU ran out of memory"),
         (0xC0000409, CUDA.format("out of memory"), True, "GPU ran out of memory"),
         (-6, REFUSED + "ggml.c:9: GGML_ASSERT(x) failed" + DUMP, False, "GGML_ASSERT"),
+        (-6, REFUSED + FAILED + "x.cpp:1: fatal error" + DUMP, False, "failed: x.cpp:1: fatal"),
+        (-6, REFUSED + "what():  std::bad_alloc\n", False, "engine ran out of memory (what"),
         (-9, REFUSED, False, "killed"),
         (None, REFUSED, False, "stopped answering"),
         (-6, CUDA.format("unspecified launch failure"), False, "GPU was lost"),
