@@ -87,6 +87,11 @@ SAMPLING_OPTIONS: tuple[SamplingOption, ...] = (
     _number("top-p", "top_p", "Keep the likeliest tokens up to this probability; 1 = off."),
     _number("min-p", "min_p", "Drop tokens below this share of the likeliest; 0 = off."),
     _number("typical typical-p", "typical_p", "Locally typical sampling; 1 = off."),
+    _number(
+        "top-nsigma", "top_n_sigma", "Drop tokens this far below the best, in sigmas; -1 = off."
+    ),
+    _number("dynatemp-range", "dynatemp_range", "Temperature follows entropy, +- this; 0 = off."),
+    _number("dynatemp-exp", "dynatemp_exponent", "How the temperature follows entropy."),
     _whole("repeat-last-n", "repeat_last_n", "Tokens the penalties look back at; -1 = all."),
     _number("repeat-penalty", "repeat_penalty", "Penalty of repeated tokens; 1 = off."),
     _number("presence-penalty", "presence_penalty", "Penalty of used tokens; 0 = off."),
