@@ -267,7 +267,7 @@ def test_ctrl_c_ends_it_with_the_worker_closed(text: str, tmp_path: Path) -> Non
 def test_help_says_what_is_scored() -> None:
     help_text = " ".join(buddyrun("perplexity", "--help").stdout.decode().split())
     assert "every token but a window's first is scored" in help_text
-    assert "BUDDYRUN_CTX_SIZE" in help_text
+    assert "BUDDYRUN_THREADS" in help_text and "BUDDYRUN_CTX_SIZE" not in help_text
 
 
 # through the worker, with the demo model

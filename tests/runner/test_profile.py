@@ -340,7 +340,7 @@ def test_an_older_profile_is_replaced(model: Path, whole: bytes) -> None:
 def test_missing_torch_is_told_with_the_remedy(model: Path, monkeypatch) -> None:  # type: ignore[no-untyped-def]
     monkeypatch.delitem(sys.modules, "runner.profiling.expert_outputs", raising=False)
     monkeypatch.setitem(sys.modules, "torch", None)
-    with pytest.raises(ProfileError, match=r"PyTorch, .*pip install 'buddyrun\[profile\]'"):
+    with pytest.raises(ProfileError, match=r"PyTorch, .*uv tool install '.\[profile\]'"):
         make(model, model.with_name("out.npz"))
     assert [path.name for path in model.parent.iterdir()] == ["model.gguf"]
 
