@@ -1,6 +1,7 @@
 """Owns the import of llama.cpp's low-level bindings and the capture of its log. Knows no model."""
 
 import functools
+import re
 import sys
 from collections import deque
 from typing import Any
@@ -9,6 +10,7 @@ from runner.errors import BackendError
 
 _WARN, _ERROR, _CONTINUE = 3, 4, 5  # ggml_log_level
 _MAX_LINES = 8
+_OF_A_DEVICE = re.compile(r"(CUDA|ROCm|MUSA) error: |ggml_(cuda|vulkan|metal|backend)")
 
 
 class LlamaLibrary:
@@ -41,7 +43,7 @@ class LlamaLibrary:
         if self._last_level not in (_WARN, _ERROR) or not text:
             return
         piece = text.decode("utf-8", "replace").rstrip("\n")
-        if self._last_level == _ERROR:  # ggml's come here too: the last of them may be a cause
+        if _OF_A_DEVICE.search(piece):  # ggml aborts next: stderr is what outlives the process
             print(piece, file=sys.stderr, flush=True)
         if level == _CONTINUE and self._lines:
             self._lines[-1] += piece

@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from runner.errors import ModelError
+from runner.llama_library import llama_library
 from runner.tokenizer import Tokenizer
 from tests.paths import DEMO
 from tests.runner.vocab_gguf import BYTES, WORDS, write_spm
@@ -180,6 +181,16 @@ def test_a_file_without_a_tokenizer_is_refused(tmp_path: Path) -> None:
     path = write_spm(tmp_path / "none.gguf", model="no_vocab")
     with pytest.raises(ModelError, match="no tokenizer"):
         Tokenizer(path)
+
+
+def test_what_a_device_says_before_it_aborts_the_process_is_on_stderr(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    library = llama_library()
+    for level, line in ((4, b"CUDA error: out of memory\n"), (4, b"failed to load model\n")):
+        library._on_log(level, line, None)
+    assert capsys.readouterr() == ("", "CUDA error: out of memory\n")
+    library.forget()
 
 
 def test_llama_cpp_writes_nothing_to_the_terminal(
