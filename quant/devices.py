@@ -3,11 +3,15 @@
 Knows no model and allocates nothing.
 """
 
-from ctypes import byref, c_size_t
 from dataclasses import dataclass
 
 from quant.errors import BackendError
-from quant.ggml_library import DeviceProperties, library_folder, load_ggml
+from quant.ggml_library import (
+    device_memory_bytes,
+    device_properties,
+    library_folder,
+    load_ggml,
+)
 
 _OF_APPLE = ("MTL", "Metal")
 _KINDS = ("cpu", "gpu", "igpu", "accel", "meta")  # enum ggml_backend_dev_type
@@ -36,9 +40,7 @@ class Device:
 
     def memory_bytes(self) -> tuple[int, int]:
         """Its memory now: (free, total). The CPU tells the machine's total as both."""
-        free, total = c_size_t(), c_size_t()
-        load_ggml().backend_dev_memory(self.handle, byref(free), byref(total))
-        return free.value, total.value
+        return device_memory_bytes(load_ggml(), self.handle)
 
 
 def devices() -> tuple[Device, ...]:
@@ -57,8 +59,7 @@ def cpu_device() -> Device:
 
 def _describe(handle: int) -> Device:
     ggml = load_ggml()
-    properties = DeviceProperties()
-    ggml.backend_dev_get_props(handle, byref(properties))
+    properties = device_properties(ggml, handle)
     registry = ggml.backend_dev_backend_reg(handle)
     return Device(
         handle,

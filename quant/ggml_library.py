@@ -10,7 +10,7 @@ import os
 import re
 import sys
 from collections.abc import Callable
-from ctypes import POINTER, c_bool, c_char_p, c_float, c_int, c_int64, c_size_t, c_void_p
+from ctypes import POINTER, byref, c_bool, c_char_p, c_float, c_int, c_int64, c_size_t, c_void_p
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -204,6 +204,20 @@ def to_float(type_id: int, n_block_bytes: int, blocks: np.ndarray, floats: np.nd
     assert floats.dtype == np.float32 and floats.flags.c_contiguous and floats.flags.writeable
     assert blocks.flags.c_contiguous
     traits.to_float(blocks.ctypes.data, floats.ctypes.data, floats.size)
+
+
+def device_memory_bytes(ggml: Ggml, device: int) -> tuple[int, int]:
+    """Free and total."""
+    free, total = c_size_t(), c_size_t()
+    ggml.backend_dev_memory(device, byref(free), byref(total))
+    return free.value, total.value
+
+
+def device_properties(ggml: Ggml, device: int) -> DeviceProperties:
+    """What ggml knows of a device; its texts live as long as the process."""
+    properties = DeviceProperties()
+    ggml.backend_dev_get_props(device, byref(properties))
+    return properties
 
 
 @cache

@@ -5,7 +5,7 @@ finds them. All pairs that an expert has in the batch belong into one pass: see 
 """
 
 from collections.abc import Callable, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, closing
 
 import numpy as np
 
@@ -87,10 +87,14 @@ class ExpertPass:
 def _one_slot(g: Graph, slabs: ExpertSlabs, slot: int) -> ExpertSlabs:
     """Views of one expert in each slab."""
     views = []
-    for slab in (slabs.ffn_gate_exps, slabs.ffn_up_exps, slabs.ffn_down_exps):
+    for slab in slabs.all:
         (ne0, ne1, *_), (_, nb1, nb2, _) = slab.shape, slab.strides
         views.append(g.view_3d(slab, (ne0, ne1, 1), (nb1, nb2), slot * nb2))
     return ExpertSlabs(*views)
+
+
+def _can_view_slots(slabs: ExpertSlabs | None) -> bool:
+    return slabs is not None and not any(s.strides[2] % _ALIGNMENT_BYTES for s in slabs.all)
 
 
 def _port(backend: Backend, tensor: Tensor, n: int, kind: type[np.generic]) -> HostPort:
@@ -123,6 +127,7 @@ class PassSet:
         self._slabs = slabs
         self._allocator = allocator
         self._kept: dict[tuple[int, int, bool], ExpertPass] = {}
+        self._views_slots = tuple(not backend.is_host and _can_view_slots(s) for s in slabs)
 
     def reserve(self, n_batch: int) -> None:
         """Make the allocator large enough for a pass of all pairs of n_batch tokens.
@@ -132,15 +137,12 @@ class PassSet:
         layer = next((i for i, slabs in enumerate(self._slabs) if slabs is not None), None)
         if layer is None:
             return
-        largest = self._make(layer, n_batch * self._config.n_expert_used, n_batch == 1)
-        single = self._make(layer, self._config.n_expert_used, True)
-        try:
+        k = self._config.n_expert_used
+        with closing(self._make(layer, n_batch * k, n_batch == 1)) as largest:
             largest.reserve(self._allocator)
             largest.check_support()
+        with closing(self._make(layer, k, True)) as single:
             single.check_support()
-        finally:
-            largest.close()
-            single.close()
 
     def has(self, layer: int) -> bool:
         """Whether the layer has slabs."""
@@ -158,7 +160,10 @@ class PassSet:
 
         n_tokens: of the batch.
         """
-        slot = self._lone_slot(layer, slots) if n_tokens > 1 else None
+        slot = None
+        if n_tokens > 1 and self._views_slots[layer]:
+            slot = int(slots[0])
+            assert (np.asarray(slots) == slot).all(), "on a device one expert at a time"
         key = (layer, len(pairs), n_tokens == 1)
         experts = None if slot is not None else self._kept.get(key)
         if experts is None:
@@ -178,18 +183,6 @@ class PassSet:
         for experts in self._kept.values():
             experts.close()
         self._kept.clear()
-
-    def _lone_slot(self, layer: int, slots: Numbers) -> int | None:
-        """The slot of all pairs of a batch on a device; None where slabs cannot be viewed so."""
-        slabs = self._slabs[layer]
-        assert slabs is not None
-        tensors = (slabs.ffn_gate_exps, slabs.ffn_up_exps, slabs.ffn_down_exps)
-        is_aligned = all(tensor.strides[2] % _ALIGNMENT_BYTES == 0 for tensor in tensors)
-        if self._backend.is_host or not is_aligned:
-            return None
-        slot = int(slots[0])
-        assert all(other == slot for other in slots), "on a device one expert at a time"
-        return slot
 
     def _build(self, key: tuple[int, int, bool], slot: int | None) -> ExpertPass:
         layer, n_pairs, has_one_token = key

@@ -48,18 +48,18 @@ class GraphCache:
         parts = self._parts
         with closing(BatchGraph(parts, largest)) as graph:
             graph.reserve(self._allocator)
-        if not parts.backend.is_host:
-            self._check_support(largest)
+            if not parts.backend.is_host:
+                graph.check_support()
+                self._check_single_token(largest)
         if parts.config.is_moe:
             is_restricted = parts.residency is not None
             with closing(TokenGraph(parts, largest.n_kv, is_restricted)) as token_graph:
                 token_graph.reserve(self._allocator)
 
-    def _check_support(self, largest: BatchShape) -> None:
-        """Prompts and single tokens: what a device can do depends on shapes too."""
-        for n_tokens in {largest.n_tokens, 1}:
-            with closing(BatchGraph(self._parts, replace(largest, n_tokens=n_tokens))) as graph:
-                graph.check_support()
+    def _check_single_token(self, largest: BatchShape) -> None:
+        """What a device can compute depends on shapes too: a prompt's are not a token's."""
+        with closing(BatchGraph(self._parts, replace(largest, n_tokens=1))) as graph:
+            graph.check_support()
         if self._parts.config.is_moe:
             with closing(TokenGraph(self._parts, largest.n_kv, is_restricted=False)) as whole:
                 whole.check_support()

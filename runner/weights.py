@@ -28,6 +28,11 @@ class ExpertSlabs:
     ffn_up_exps: Tensor  # (n_embd, n_ff_exp, n_slots)
     ffn_down_exps: Tensor  # (n_ff_exp, n_embd, n_slots)
 
+    @property
+    def all(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Gate, up and down."""
+        return self.ffn_gate_exps, self.ffn_up_exps, self.ffn_down_exps
+
 
 @dataclass(frozen=True)
 class LayerWeights:

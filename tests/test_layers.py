@@ -17,7 +17,6 @@ FILES = [path for floor in FLOORS for path in sorted((ROOT / floor).rglob("*.py"
 TORCH_ALLOWED = {"runner/profiling/expert_outputs.py"}
 LATE_ONLY = ("torch", "runner.profiling.expert_outputs")  # which brings torch along
 CTYPES_ALLOWED = {
-    "quant/devices.py",
     "quant/ggml.py",
     "quant/ggml_library.py",
     "runner/sampler.py",

@@ -51,13 +51,12 @@ def plan_device(
     available, total = device.memory_bytes()
     other = device_memory(config, model, sizes, n_ctx, n_batch)
     host = other_memory(config, model, sizes, n_ctx, n_batch, host_available)
-    has_own = host_total is not None and total > host_total
-    is_shared = device.shares_host_memory and host_available is not None and not has_own
-    if is_shared:
-        available = min(available, max(0, (host_available or 0) - host.headroom_bytes))
-    has_room = host_available is None or sizes.all_experts_bytes + host.headroom_bytes < (
-        host_available
-    )
+    left = None if host_available is None else max(0, host_available - host.headroom_bytes)
+    has_own_memory = host_total is not None and total > host_total
+    is_shared = device.shares_host_memory and not has_own_memory
+    if is_shared and left is not None:
+        available = min(available, left)
+    has_room = left is None or sizes.all_experts_bytes < left
     plan = CachePlan((), 0, 0, available, other.n_bytes, (), True, has_room)
     if not sizes.expert_bytes:
         _check_fits(device, other, available)
@@ -75,8 +74,8 @@ def plan_device(
     if min(n_slots) < 1:
         raise OptionError(_shortage(config, device, sizes, other, plan))
     _check_room(config, device, other, plan)
-    if is_shared:  # what the slots hold, the file's pages cannot have
-        left = (host_available or 0) - host.headroom_bytes - plan.n_bytes - other.n_bytes
+    if is_shared and left is not None:  # what the slots hold, the file's pages cannot have
+        left -= plan.n_bytes + other.n_bytes
         plan = replace(plan, has_room_for_experts=sizes.all_experts_bytes < left)
     return replace(plan, notes=_notes(device, plan))
 

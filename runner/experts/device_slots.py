@@ -61,10 +61,8 @@ class DeviceSlots:
         load.n_read_bytes = self._store.n_bytes(load.layer)
 
     def _pieces(self, load: Load) -> Iterator[Piece]:
-        slabs = self.slabs[load.layer]
-        tensors = (slabs.ffn_gate_exps, slabs.ffn_up_exps, slabs.ffn_down_exps)
         ranges = self._store.ranges(load.layer, load.expert).parts
-        for part, tensor in zip(ranges, tensors, strict=True):
+        for part, tensor in zip(ranges, self.slabs[load.layer].all, strict=True):
             for start in range(0, part.n_bytes, PIECE_BYTES):
                 yield Piece(
                     part.shard,
