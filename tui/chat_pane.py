@@ -30,7 +30,7 @@ from tui.widgets.conversation_log import ConversationLog
 
 _INTERVAL_S = 0.05
 _BUDGET_S = 0.015  # for laying out what is new, in one change of the screen
-_N_CHARS = 500  # of an answer, between two looks at the clock
+_N_CHARS = 100  # of an answer, between two looks at the clock
 _SHARE = 3  # a change of the screen waits three times as long as the one before took
 _HINT_S = 3.0
 PAUSED = "Paused: p in the monitor goes on."

@@ -10,7 +10,6 @@ from dataclasses import dataclass, replace
 from rich.segment import Segment
 from rich.style import Style
 from textual import events
-from textual.cache import LRUCache
 from textual.color import Color, ColorParseError
 from textual.geometry import Size
 from textual.scroll_view import ScrollView
@@ -21,7 +20,7 @@ from textual.timer import Timer
 from tui.answer_parts import MAX_PART, MarkdownPart, PartSplitter
 from tui.markdown_text import Kind, Look, TextLayout
 
-_N_KEPT = 64  # parts whose lines are kept; others are laid out again when they are shown
+_N_PAGES = 1  # above and below what is in sight whose lines are kept: turning a page is quick
 _SLICE_S = 0.02  # laying out again after a change of width, at one go
 _PAUSE_S = 0.01  # between two of these: keys are answered there
 
@@ -48,7 +47,7 @@ class ConversationLog(ScrollView, can_focus=False):
         self._parts: list[_Part] = []
         self._starts: list[int] = []  # first line of each
         self._n_lines = 0
-        self._strips: LRUCache[int, list[Strip]] = LRUCache(_N_KEPT)
+        self._strips: dict[int, list[Strip]] = {}  # of the parts near what is in sight
         self._layout: TextLayout | None = None
         self._splitter: PartSplitter | None = None  # of the answer that is coming in
         self._is_thinking = False  # what comes in
@@ -140,11 +139,11 @@ class ConversationLog(ScrollView, can_focus=False):
             return
         self._n_lines = self._starts[n_kept]
         for index in range(n_kept, len(self._parts)):
-            self._strips.discard(index)
+            self._strips.pop(index, None)
         del self._parts[n_kept:], self._starts[n_kept:]
 
     def _lay_out(self, index: int, is_open: bool = False) -> list[Strip]:
-        """The lines of a part for the width of now, kept for a while; its height is set."""
+        """The lines of a part for the width of now, kept while it is near; its height is set."""
         part, width = self._parts[index], self._text_width
         if self._layout is None or not width:
             return []
@@ -170,13 +169,26 @@ class ConversationLog(ScrollView, can_focus=False):
         """Show what has changed, at the end if the person was there."""
         self.virtual_size = Size(self._text_width, self._n_lines)
         if self._follows:
-            self.scroll_end(animate=False, immediate=True, x_axis=False)
+            # By force: the first time that there is something to scroll no bar is there yet.
+            self.scroll_end(animate=False, immediate=True, x_axis=False, force=True)
+        self._drop_far()
         self.refresh()
 
     def watch_scroll_y(self, old_value: float, new_value: float) -> None:
         """Follow the end while it is in sight."""
         super().watch_scroll_y(old_value, new_value)
         self._follows = round(new_value) >= self.max_scroll_y
+        self._drop_far()
+
+    def _drop_far(self) -> None:
+        """Keep the lines of what is near: each is made of hundreds of objects, and whenever
+        Python looks for garbage among all of them the keys wait."""
+        if not self._parts:
+            return
+        top, n_lines = round(self.scroll_y), self.size.height
+        first = self._part_at(top - _N_PAGES * n_lines)
+        last = self._part_at(top + (1 + _N_PAGES) * n_lines)
+        self._strips = {n: self._strips[n] for n in self._strips if first <= n <= last}
 
     # Another width, other colours
 
@@ -269,6 +281,7 @@ class ConversationLog(ScrollView, can_focus=False):
     def get_selection(self, selection: Selection) -> tuple[str, str] | None:
         """The text that the person marked, as it is laid out."""
         lines = [self._line(line).text.rstrip() for line in range(self._n_lines)]
+        self._drop_far()
         return selection.extract("\n".join(lines)), "\n"
 
     def selection_updated(self, selection: Selection | None) -> None:
