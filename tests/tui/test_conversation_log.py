@@ -12,6 +12,8 @@ from tui.widgets.conversation_log import ConversationLog
 class LogApp(App[None]):
     """A conversation and nothing else."""
 
+    CSS = "ConversationLog { overflow-x: hidden; overflow-y: scroll; }"
+
     def compose(self) -> ComposeResult:
         yield ConversationLog()
 

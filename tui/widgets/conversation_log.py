@@ -169,8 +169,7 @@ class ConversationLog(ScrollView, can_focus=False):
         """Show what has changed, at the end if the person was there."""
         self.virtual_size = Size(self._text_width, self._n_lines)
         if self._follows:
-            # By force: the first time that there is something to scroll no bar is there yet.
-            self.scroll_end(animate=False, immediate=True, x_axis=False, force=True)
+            self.scroll_end(animate=False, immediate=True, x_axis=False)
         self._drop_far()
         self.refresh()
 
