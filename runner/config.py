@@ -34,6 +34,7 @@ class EngineConfig:
     n_threads_batch: int = 0  # 0 = the same as n_threads
     device: str = DEVICE_CPU  # DEVICE_AUTO, DEVICE_GPU, DEVICE_CPU or one of ggml's, as "cuda0"
     fit_margin_bytes: int = DEFAULT_FIT_MARGIN_BYTES  # memory of a GPU that is left free
+    warmup: bool = True  # let a GPU compute once at load, before anybody waits for it
     cache_type_k: str = "f16"  # f16 or q8_0
     cache_type_v: str = "f16"
     context_shift: bool = False  # when the context is full drop the oldest half, not an error

@@ -9,7 +9,7 @@ from types import TracebackType
 from typing import Any, Self
 
 from runner import protocol
-from runner.config import MOE_CACHE_AUTO, EngineConfig, GenerateRequest
+from runner.config import EngineConfig, GenerateRequest
 from runner.doctor_report import DoctorReport
 from runner.errors import (
     BuddyrunError,
@@ -20,6 +20,7 @@ from runner.errors import (
     WorkerDiedError,
 )
 from runner.frames import Frame, RunSettings
+from runner.process.less_memory import with_less_memory
 from runner.process.worker_death import Circumstances, explain, lacked_device_memory
 from runner.process.worker_line import Asked, WorkerLine
 from runner.protocol import (
@@ -48,7 +49,6 @@ LAST_REPLIES = (
     "doctor_done", "stats", "frame", "changed", "error",
 )  # fmt: skip
 _ENVELOPE = ("type", "id")  # of every message
-_FEWER_SLOTS = 0.85  # of those that were too many for a GPU
 
 OnProgress = Callable[[str, int, int], None]
 
@@ -105,12 +105,20 @@ class Client:
         on_progress: OnProgress | None = None,
     ) -> ModelInfo:
         """Load a model in the place of any other. `chat_template` replaces the model's own;
-        `on_progress(stage, done, total)` is called in this thread. Raises CancelledError after
-        `cancel`."""
+        `on_progress(stage, done, total)` is called in this thread. Where a worker dies of it
+        because a GPU's memory runs out, another tries once with fewer slots, and a warning.
+        Raises CancelledError after `cancel`."""
         model = str(Path(path).absolute())
         self._loaded = LoadFields(model, config or EngineConfig(), chat_template)
         self._changed = ChangeFields()
-        return self._load(on_progress)
+        self._info = None
+        try:
+            return self._load(on_progress)
+        except WorkerDiedError:
+            is_hopeless = with_less_memory(self._loaded.engine, None) is None
+            if not self._lacked_device_memory or is_hopeless:
+                raise
+        return self.restart(on_progress)
 
     def restart(self, on_progress: OnProgress | None = None) -> ModelInfo:
         """Replace the worker, dead or alive, by a new one and load the same model again; with
@@ -119,26 +127,21 @@ class Client:
         self._line.kill()
         self._line.end()
         self._open_worker()
-        warning = self._ask_for_fewer_slots() if self._lacked_device_memory else ""
+        warning = self._ask_for_less() if self._lacked_device_memory else ""
         self._lacked_device_memory = False
         info = self._load(on_progress)
         self._change_again()
         return replace(info, warnings=(*info.warnings, warning)) if warning else info
 
-    def _ask_for_fewer_slots(self) -> str:
-        """Change the settings; returns what to tell the user, "" when there is no fewer."""
-        info = self._info
-        has_gpu = info is not None and info.device_memory is not None
-        n_slots = min(info.moe_cache_slots, default=0) if info is not None and has_gpu else 0
-        if self._loaded is None or n_slots < 2:
+    def _ask_for_less(self) -> str:
+        """Change the settings; returns what to tell the user, "" when nothing can be less."""
+        assert self._loaded is not None
+        less = with_less_memory(self._loaded.engine, self._info)
+        if less is None:
             return ""
-        fewer = max(1, min(n_slots - 1, int(n_slots * _FEWER_SLOTS)))
-        engine = replace(self._loaded.engine, moe_cache_slots=fewer, moe_cache_bytes=MOE_CACHE_AUTO)
+        engine, warning = less
         self._loaded = replace(self._loaded, engine=engine)
-        return (
-            f"The GPU's memory ran out: {fewer} slots per layer now instead of {n_slots}. A larger "
-            "--fit-margin avoids that."
-        )
+        return warning
 
     def generate(
         self, request: GenerateRequest

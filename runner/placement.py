@@ -29,6 +29,7 @@ from runner.model_config import ModelConfig
 from runner.model_sizes import ModelSizes, model_sizes
 from runner.standins.choose_policy import ChosenPolicy, choose_policy
 from runner.stats import StatsRecorder
+from runner.warm_up import warm_up
 
 Progress = Callable[[str, int, int], None]
 Cancelled = Callable[[], bool]
@@ -171,5 +172,9 @@ def _place(
         counts_uses = usage is not None
         experts = ExpertRunner(cache, graphs.passes, stats, planner, counts_uses=counts_uses)
         experts.measure_costs()
+    if config.warmup and not backend.is_host:
+        slot = int(cache.table.slot_of[0].max()) if cache is not None else None
+        warm_up(parts, graphs, opened.limits.n_batch, slot, report, cancelled)
+    if experts is not None:
         experts.start_filling()
     return PlacedModel(plan, standins, stats, parts, graphs, cache, usage, planner, experts, notes)

@@ -5,7 +5,7 @@ from typing import Any
 import click
 
 from runner.config import DEFAULT_FIT_MARGIN_BYTES, DEVICE_AUTO, DEVICE_CPU
-from runner.terminal.cli_options import flag
+from runner.terminal.cli_options import flag, switch
 from runner.terminal.memory_size import MemorySize
 
 _ALL = -1  # layers
@@ -51,6 +51,12 @@ DEVICE_FLAGS = (
         type=_LayerCount(),
     ),
     _MARGIN_FLAG,
+    switch(
+        *("--warmup/--no-warmup", "warmup"),
+        help="Let a GPU compute once while the model is loaded, so that no answer waits for it to"
+        " get ready.",
+        default=True,
+    ),
 )
 
 # For a command that only says what would be.

@@ -8,11 +8,14 @@ import threading
 from dataclasses import replace
 from pathlib import Path
 
+from runner.device_memory import DeviceMemory
 from runner.doctor_report import Bandwidth, DoctorReport
 from runner.errors import CancelledError, ContextFullError, ModelError, OptionError
 from runner.frames import RunSettings
 from runner.protocol import BenchSample, GenerateResult, ModelInfo, PromptProgress, TextPiece
 from runner.stats import StatsRecorder
+
+OUT_OF_DEVICE_MEMORY = "ggml-cuda.cu:98: CUDA error: out of memory"
 
 
 class FakeSession:
@@ -32,16 +35,24 @@ class FakeSession:
             die("ggml.c:7: GGML_ASSERT(n_loaded == 1) failed")
         if not Path(path).exists():
             raise ModelError(f"{path}: no such file")
+        is_crowded = "crowded" in Path(path).name
+        if is_crowded and config.fit_margin_bytes < 2 << 30 and not config.moe_cache_slots:
+            die(OUT_OF_DEVICE_MEMORY)
         self.path = path
         on_progress("weights", 2, 2)
         text = chat_template or "built in"
-        return ModelInfo(
+        info = ModelInfo(
             path=path, name="Fake", description="fake", architecture="llama", file_type="F16",
             n_params=1, size_bytes=2, n_layer=3, n_expert=4, n_expert_used=2, n_ctx=config.n_ctx,
             n_ctx_train=5, n_threads=1, n_batch=config.n_batch, cache_type_k="f16",
             cache_type_v="f16", chat_template=text, device="CPU", load_s=0.5, ggml_version="0",
             notes=("a note",),
         )  # fmt: skip
+        if not is_crowded:
+            return info
+        memory = DeviceMemory("CUDA0", *(1 << 20,) * 6)
+        n_slots = (config.moe_cache_slots or 8,) * 3
+        return replace(info, device_memory=memory, moe_cache_slots=n_slots)
 
     def generate(self, request, emit, cancelled, between):
         action, _, argument = (request.prompt or "").partition(" ")
@@ -113,6 +124,8 @@ def die(line):
 
 def misbehave(action, path):
     match action:
+        case "gpu-full":
+            die(OUT_OF_DEVICE_MEMORY)
         case "full":
             raise ContextFullError("9000 tokens do not fit 8192")
         case "bug":

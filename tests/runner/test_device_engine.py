@@ -26,7 +26,8 @@ _MOST_KL = 1e-3
 
 @contextmanager
 def opened(path: Path, device: str, **settings: object) -> Iterator[Engine]:
-    config = replace(EngineConfig(n_ctx=256, n_batch=32, n_threads=2, device=device), **settings)
+    config = EngineConfig(n_ctx=256, n_batch=32, n_threads=2, device=device, warmup=False)
+    config = replace(config, **settings)
     engine = Engine(path, config)
     try:
         yield engine

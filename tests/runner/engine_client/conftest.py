@@ -35,3 +35,11 @@ def model(tmp_path):
 def loaded(client, model):
     client.load(model, CONFIG)
     return client
+
+
+@pytest.fixture
+def crowded(tmp_path):
+    """A model on a GPU that has less memory than it said."""
+    path = tmp_path / "crowded.gguf"
+    path.write_bytes(bytes(64 << 10))
+    return path

@@ -6,6 +6,7 @@ import subprocess
 import sys
 import threading
 import time
+from dataclasses import replace
 
 import psutil
 import pytest
@@ -94,6 +95,37 @@ def test_restart_after_a_death_loads_the_same_model_with_the_same_settings(loade
         assert (info.path, info.n_ctx, info.chat_template) == (str(model), 48, "mine")
         assert loaded.pid != dead
         assert answer_stop(loaded, "count 2") == "length"
+
+
+@POSIX_ONLY
+def test_where_a_gpus_memory_runs_out_at_load_it_is_tried_again_with_a_wider_margin(
+    client, crowded
+):
+    dead = client.pid
+    info = client.load(crowded, CONFIG)
+    assert client.pid != dead
+    (warning,) = info.warnings
+    assert "ran out while the model was loaded" in warning and "--fit-margin 2048MiB" in warning
+    assert answer_stop(client, "count 2") == "length"
+    with pytest.raises(WorkerDiedError, match="GPU"):
+        client.load(crowded, replace(CONFIG, fit_margin_bytes=1 << 20))  # 1 GiB is too little
+
+
+@POSIX_ONLY
+def test_where_a_gpus_memory_runs_out_later_the_restart_has_fewer_slots(client, crowded):
+    client.load(crowded, replace(CONFIG, moe_cache_slots=8))
+    for n_slots in (6, 5, 4):
+        with pytest.raises(WorkerDiedError, match="GPU"):
+            ask(client, "gpu-full")
+        info = client.restart()
+        assert info.moe_cache_slots == (n_slots,) * 3
+        (warning,) = info.warnings
+        assert f"{n_slots} slots per layer now instead of" in warning
+    psutil.Process(client.pid).kill()
+    with pytest.raises(WorkerDiedError):
+        ask(client, "count 1")
+    info = client.restart()
+    assert info.moe_cache_slots == (4, 4, 4) and info.warnings == (), "only where memory ran out"
 
 
 def test_restart_replaces_a_worker_that_does_not_react_to_cancel(loaded):
