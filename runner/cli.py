@@ -16,7 +16,7 @@ from runner.errors import BuddyrunError
 from runner.terminal import cli_options as options
 from runner.terminal.cli_options import Params
 from runner.terminal.command_group import DefaultGroup, FlagCommand, SectionedCommand
-from runner.terminal.device_options import DEVICE_FLAGS, SHOW_DEVICE_FLAGS
+from runner.terminal.device_options import DEVICE_FLAGS, PLAN_DEVICE_FLAGS
 from runner.terminal.expert_options import EXPERT_FLAGS, EXPERT_PLAN_FLAGS, planned_cache
 from runner.terminal.frontier_options import FRONTIER_FLAGS, flags_without_meaning
 from runner.terminal.hub_commands import HUB_COMMANDS
@@ -173,7 +173,8 @@ def _demo_command(**params: Any) -> None:
 def _show_command(**params: Any) -> None:
     from runner.terminal.run_command import show_model
 
-    show_model(_chosen_model(params), params, params["as_json"], planned_cache(params))
+    run_config = planned_cache(click.get_current_context())
+    show_model(_chosen_model(params), params, params["as_json"], run_config)
 
 
 def _bench_command(**params: Any) -> None:
@@ -303,7 +304,7 @@ commands = DefaultGroup(
                 options.switch("--json", "as_json", help="Print JSON.", has_twin=False),
                 options.switch("--template", "template", help="Print the chat template too."),
                 *HUB_FLAGS,
-                *SHOW_DEVICE_FLAGS,
+                *PLAN_DEVICE_FLAGS,
                 *EXPERT_PLAN_FLAGS,
                 options.CTX_SIZE_FLAG,
                 *options.BATCH_FLAGS,
@@ -311,7 +312,8 @@ commands = DefaultGroup(
             ],
             callback=_show_command,
             short_help="Print a model's architecture, types and sizes",
-            help="Print a model's architecture, types and sizes. Of a model on a hub,"
+            help="Print a model's architecture, types and sizes; with a flag about the device or"
+            " the experts also how a run would share out the memory. Of a model on a hub,"
             " user/repo:QUANT, only the header is fetched.",
         ),
         *HUB_COMMANDS,

@@ -4,7 +4,7 @@ from typing import Any
 
 import click
 
-from runner.config import DEFAULT_FIT_MARGIN_BYTES, DEVICE_AUTO, DEVICE_CPU
+from runner.config import DEFAULT_FIT_MARGIN_BYTES, DEVICE_AUTO
 from runner.terminal.cli_options import flag, switch
 from runner.terminal.memory_size import MemorySize
 
@@ -37,19 +37,22 @@ _MARGIN_FLAG = flag(
     default=f"{DEFAULT_FIT_MARGIN_BYTES >> 20}MiB",
 )
 
+_DEVICE_FLAG = flag(
+    *("-dev", "--device", "device"),
+    help="Where the model runs: auto (a GPU if there is one), cpu, or a device that"
+    " buddyrun doctor lists, as cuda0.",
+    default=DEVICE_AUTO,
+)
+_LAYERS_FLAG = flag(
+    *("-ngl", "--gpu-layers", "--n-gpu-layers", "n_gpu_layers"),
+    help="As in llama.cpp: 0 = CPU. Any other number means a GPU; how much of the experts is"
+    " there, --moe-cache says.",
+    type=_LayerCount(),
+)
+
 DEVICE_FLAGS = (
-    flag(
-        *("-dev", "--device", "device"),
-        help="Where the model runs: auto (a GPU if there is one), cpu, or a device that"
-        " buddyrun doctor lists, as cuda0.",
-        default=DEVICE_AUTO,
-    ),
-    flag(
-        *("-ngl", "--gpu-layers", "--n-gpu-layers", "n_gpu_layers"),
-        help="As in llama.cpp: 0 = CPU. Any other number means a GPU; how much of the experts is"
-        " there, --moe-cache says.",
-        type=_LayerCount(),
-    ),
+    _DEVICE_FLAG,
+    _LAYERS_FLAG,
     _MARGIN_FLAG,
     switch(
         *("--warmup/--no-warmup", "warmup"),
@@ -60,11 +63,4 @@ DEVICE_FLAGS = (
 )
 
 # For a command that only says what would be.
-SHOW_DEVICE_FLAGS = (
-    click.Option(
-        ["-dev", "--device", "device"],
-        help="Say how the memory of this device would be shared out: auto or a name as cuda0.",
-        default=DEVICE_CPU,
-    ),
-    _MARGIN_FLAG,
-)
+PLAN_DEVICE_FLAGS = (_DEVICE_FLAG, _LAYERS_FLAG, _MARGIN_FLAG)

@@ -4,7 +4,6 @@ import click
 
 from runner.config import (
     CACHE_POLICIES,
-    DEVICE_CPU,
     MAX_MOE_CACHE_SLOTS,
     MISS_ACTIONS,
     MOE_CACHE_AUTO,
@@ -12,11 +11,11 @@ from runner.config import (
     EngineConfig,
 )
 from runner.terminal.buddy_options import BUDDY_FLAGS
-from runner.terminal.cli_options import FILE, Params, engine_config, flag
+from runner.terminal.cli_options import FILE, engine_config, flag, is_on_command_line
 from runner.terminal.memory_size import MemorySize
 
 _SIZE_WORDS = {"auto": MOE_CACHE_AUTO, "off": MOE_CACHE_OFF}
-
+_ABOUT_DEVICE = ("device", "n_gpu_layers", "fit_margin_bytes")  # asks for it when it is typed
 
 _SIZE_HELP = "K, M and G are powers of 1024, KB, MB and GB of 1000, a bare number is MiB"
 
@@ -71,12 +70,12 @@ EXPERT_PLAN_FLAGS = (
 )
 
 
-def planned_cache(params: Params) -> EngineConfig | None:
+def planned_cache(context: click.Context) -> EngineConfig | None:
     """The settings whose expert cache is asked for; None when it is not."""
-    if params["device"] != DEVICE_CPU and params["moe_cache_bytes"] is None:
-        return engine_config({**params, "moe_cache_bytes": MOE_CACHE_AUTO})
-    if params["moe_cache_bytes"] is not None:
-        return engine_config(params)
-    if params["moe_cache_slots"]:
-        return engine_config({**params, "moe_cache_bytes": MOE_CACHE_AUTO})
-    return None
+    params = context.params
+    is_asked = params["moe_cache_bytes"] is not None or params["moe_cache_slots"]
+    if not is_asked and not any(is_on_command_line(context, name) for name in _ABOUT_DEVICE):
+        return None
+    if params["moe_cache_bytes"] is None:
+        params = {**params, "moe_cache_bytes": MOE_CACHE_AUTO}
+    return engine_config(params)

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from runner.config import DEVICE_AUTO, DEVICE_CPU, DEVICE_GPU, EngineConfig, GenerateRequest
-from runner.errors import InternalError, OptionError, WorkerDiedError
+from runner.errors import BackendError, InternalError, OptionError, WorkerDiedError
 from runner.protocol import ModelInfo
 from runner.terminal import cli_options as options
 from runner.terminal.chat_view import ChatView
@@ -78,6 +78,8 @@ def show_model(model: str, params: Params, as_json: bool, run_config: EngineConf
 
     with _opened(model, params) as (file, config):
         device = reported_device(run_config.device) if run_config is not None else None
+        if run_config is not None and run_config.device == DEVICE_GPU and device is None:
+            print("note: no GPU can be used here; what follows is for the CPU", file=sys.stderr)
         description = describe(file, config, params["template"], run_config, device)
     if as_json:
         print(json.dumps(asdict(description), indent=2))
@@ -109,7 +111,7 @@ def _opened(model: str, params: Params) -> Iterator[tuple["GGUFFile", "ModelConf
 def reported_device(name: str) -> "ReportedDevice | None":
     """The GPU of this name, as the engine's process finds it; None for the CPU.
 
-    Raises OptionError.
+    Raises OptionError, and BackendError where ggml cannot be used.
     """
     from runner.engine_client import Client
     from runner.protocol import DoctorFields
@@ -119,6 +121,8 @@ def reported_device(name: str) -> "ReportedDevice | None":
         return None
     with Client.start() as client:
         report = client.doctor(DoctorFields(measure=False))
+    if report.problem:
+        raise BackendError(report.problem)
     wanted = report.auto_device if name in (DEVICE_AUTO, DEVICE_GPU) else name
     for device in report.devices:
         if device.name == wanted:

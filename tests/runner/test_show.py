@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from runner.show import ReportedDevice
 from tests.paths import DEMO
 from tests.random_model import RandomModel, write_random_model
 from tests.runner.command_line import ROOT, buddyrun
@@ -22,17 +23,58 @@ def memory_is_known(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def cache_section(*arguments: str) -> list[str]:
-    text = buddyrun("show", str(DEMO), *arguments).stdout.decode()
+    text = buddyrun("show", str(DEMO), "--device", "cpu", *arguments).stdout.decode()
     return text.split("  Expert cache\n")[1].split("\n\n")[0].splitlines()
 
 
 def cache_json(*arguments: str) -> Any:
-    return json.loads(buddyrun("show", str(DEMO), "--json", *arguments).stdout)["moe_cache"]
+    command = ("show", str(DEMO), "--json", "--device", "cpu")
+    return json.loads(buddyrun(*command, *arguments).stdout)["moe_cache"]
 
 
-def test_without_the_flag_nothing_is_said_of_a_cache() -> None:
-    assert b"Expert cache" not in buddyrun("show", str(DEMO)).stdout
-    assert cache_json() is None
+def test_without_a_flag_nothing_is_said_of_a_cache() -> None:
+    assert b"Expert cache" not in buddyrun("show", str(DEMO), BUDDYRUN_DEVICE="cpu").stdout
+    assert json.loads(buddyrun("show", str(DEMO), "--json").stdout)["moe_cache"] is None
+
+
+GPU0 = ReportedDevice("gpu0", 2_000_000_000, 4_000_000_000, False)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "twins", "asked"),
+    [
+        (["--moe-cache", "12MB"], {}, "auto"),
+        (["--moe-cache-slots", "2"], {}, "auto"),
+        (["--fit-margin", "1G"], {}, "auto"),
+        (["-ngl", "99"], {}, "gpu"),
+        (["--device", "GPU0"], {}, "gpu0"),
+        (["--moe-cache", "12MB"], {"BUDDYRUN_DEVICE": "gpu0"}, "gpu0"),
+        (["--moe-cache", "12MB"], {"BUDDYRUN_GPU_LAYERS": "0"}, "cpu"),
+        (["-ngl", "0"], {}, "cpu"),
+    ],
+)
+def test_the_plan_is_for_the_device_that_a_run_would_take(
+    monkeypatch: pytest.MonkeyPatch, arguments: list[str], twins: dict[str, str], asked: str
+) -> None:
+    names: list[str] = []
+
+    def report(name: str) -> ReportedDevice | None:
+        names.append(name)
+        return None if name == "cpu" else GPU0
+
+    monkeypatch.setattr("runner.terminal.run_command.reported_device", report)
+    text = buddyrun("show", str(DEMO), *arguments, **twins).stdout.decode()
+    assert names == [asked]
+    assert "Expert cache" in text and ("gpu0" in text) == (asked != "cpu")
+
+
+def test_where_there_is_no_gpu_it_is_said_that_the_plan_is_the_cpus(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("runner.terminal.run_command.reported_device", lambda name: None)
+    done = buddyrun("show", str(DEMO), "-ngl", "99")
+    assert b"no GPU can be used here" in done.stderr and b"Expert cache" in done.stdout
+    assert b"GPU" not in buddyrun("show", str(DEMO), "--moe-cache", "12MB").stderr
 
 
 def test_a_size_is_answered_with_slots_and_the_memory_around_them() -> None:
@@ -77,23 +119,26 @@ def test_auto_says_what_it_would_choose_here(monkeypatch: pytest.MonkeyPatch) ->
 
 @pytest.mark.parametrize("form", [[], ["--json"]])
 def test_a_size_that_is_too_small_ends_in_the_smallest_that_works(form: list[str]) -> None:
-    done = buddyrun("show", str(DEMO), "--moe-cache", "1M", *form)
+    done = buddyrun("show", str(DEMO), "--device", "cpu", "--moe-cache", "1M", *form)
     assert (done.returncode, done.stdout) == (1, b"")
     assert b"the smallest that works is --moe-cache 6720KiB (6.88 MB)" in done.stderr
-    assert buddyrun("show", str(DEMO), "--moe-cache", "6720KiB", *form).returncode == 0
+    assert (
+        buddyrun("show", str(DEMO), "--device", "cpu", "--moe-cache", "6720KiB", *form).returncode
+        == 0
+    )
 
 
 def test_memory_that_does_not_suffice_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("runner.show.available_memory_bytes", lambda: 100_000_000)
-    text = buddyrun("show", str(DEMO), "--moe-cache", "12MB").stdout.decode()
+    text = buddyrun("show", str(DEMO), "--device", "cpu", "--moe-cache", "12MB").stdout.decode()
     assert "left              nothing, " in text and "expect it to be slow" in text
 
 
 def test_a_dense_model_has_no_expert_cache(tmp_path: Path) -> None:
     path = str(write_random_model(tmp_path / "dense.gguf", RandomModel(n_expert=0)))
-    done = buddyrun("show", path, "--moe-cache", "1G")
+    done = buddyrun("show", path, "--device", "cpu", "--moe-cache", "1G")
     assert done.returncode == 1 and b"this model has no experts" in done.stderr
-    done = buddyrun("show", path, "--moe-cache", "auto")
+    done = buddyrun("show", path, "--device", "cpu", "--moe-cache", "auto")
     assert done.returncode == 0 and b"none: the model has no experts" in done.stdout
 
 
