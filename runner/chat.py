@@ -9,11 +9,11 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from runner.errors import (
+    BackendError,
     BuddyrunError,
     CancelledError,
     ContextFullError,
     InternalError,
-    OutOfMemoryError,
     WorkerDiedError,
 )
 from runner.protocol import GenerateResult, ModelInfo, PromptProgress, TextPiece
@@ -150,7 +150,7 @@ class Chat:
             self._say_log()
         if isinstance(error, ContextFullError):
             self._view.say(f"{self._what_is_left()} {_WHAT_TO_DO}")
-        elif not isinstance(error, WorkerDiedError | OutOfMemoryError):
+        elif not isinstance(error, WorkerDiedError | BackendError):  # a device may go on failing
             self._view.say("/regen tries your last message again.")
         elif self._restart():
             for warning in self._state.info.warnings:

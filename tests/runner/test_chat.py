@@ -9,9 +9,11 @@ import pytest
 from runner.chat import HOW_TO_LEAVE
 from runner.config import SamplingConfig
 from runner.errors import (
+    BackendError,
     CancelledError,
     ContextFullError,
     GGUFError,
+    OutOfMemoryError,
     TemplateError,
     WorkerDiedError,
 )
@@ -250,6 +252,17 @@ def test_a_dead_worker_is_explained_and_restarted_with_the_conversation_kept() -
     chat = ScriptedChat(["one", "two", "/regen"], [["1"], [died], ["2"]])
     printed = chat.run()
     assert "The engine was killed ␛[2J(SIGKILL)." in printed
+    assert "Restarted; your conversation is kept" in printed
+    assert chat.client.n_restarts == 1
+    assert chat.contents == ["one", "1", "two", "2"]
+
+
+@pytest.mark.parametrize("kind", [BackendError, OutOfMemoryError])
+def test_after_a_device_failed_the_engine_is_started_again(kind: type[BackendError]) -> None:
+    failed = kind("the device did not do what it was asked to (ggml: failed)")
+    chat = ScriptedChat(["one", "two", "/regen"], [["1"], [failed], ["2"]])
+    printed = chat.run()
+    assert "the device did not do what it was asked to" in printed
     assert "Restarted; your conversation is kept" in printed
     assert chat.client.n_restarts == 1
     assert chat.contents == ["one", "1", "two", "2"]
