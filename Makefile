@@ -14,7 +14,7 @@ demo: $(VENV)/.installed  ## Chat with the model that ships inside the package
 test: $(VENV)/.installed-dev  ## The whole test suite
 	$(BIN)/python -m pytest
 
-quick: $(VENV)/.installed-dev  ## The tests of every day, under two minutes
+quick: $(VENV)/.installed-dev  ## The tests of every day: ten minutes on two cores
 	$(BIN)/python -m pytest -m "not slow"
 
 # ggml takes a Vulkan device that is software only when it is named.

@@ -106,19 +106,30 @@ class Client:
     ) -> ModelInfo:
         """Load a model in the place of any other. `chat_template` replaces the model's own;
         `on_progress(stage, done, total)` is called in this thread. Where a worker dies of it
-        because a GPU's memory runs out, another tries once with fewer slots, and a warning.
+        because a GPU's memory runs out, another tries once with less of it, and a warning.
         Raises CancelledError after `cancel`."""
         model = str(Path(path).absolute())
         self._loaded = LoadFields(model, config or EngineConfig(), chat_template)
         self._changed = ChangeFields()
         self._info = None
+        has_begun = False
+
+        def show(stage: str, done: int, total: int) -> None:
+            nonlocal has_begun
+            has_begun = True
+            if on_progress is not None:
+                on_progress(stage, done, total)
+
         try:
-            return self._load(on_progress)
-        except WorkerDiedError:
+            return self._load(show)
+        except WorkerDiedError as death:  # perhaps one of an earlier job, that nobody noticed
             is_hopeless = with_less_memory(self._loaded.engine, None) is None
-            if not self._lacked_device_memory or is_hopeless:
+            if not (has_begun and self._lacked_device_memory) or is_hopeless:
                 raise
-        return self.restart(on_progress)
+            try:
+                return self.restart(on_progress)
+            except OptionError:  # there is no less
+                raise death from None
 
     def restart(self, on_progress: OnProgress | None = None) -> ModelInfo:
         """Replace the worker, dead or alive, by a new one and load the same model again; with

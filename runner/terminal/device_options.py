@@ -56,8 +56,8 @@ DEVICE_FLAGS = (
     _MARGIN_FLAG,
     switch(
         *("--warmup/--no-warmup", "warmup"),
-        help="Let a GPU compute once while the model is loaded, so that no answer waits for it to"
-        " get ready.",
+        help="Let a GPU compute once while the model is loaded: it gets its kernels and memory"
+        " ready then, not within the first answer.",
         default=True,
     ),
 )

@@ -36,8 +36,8 @@ class FakeSession:
         if not Path(path).exists():
             raise ModelError(f"{path}: no such file")
         is_crowded = "crowded" in Path(path).name
-        if is_crowded and config.fit_margin_bytes < 2 << 30 and not config.moe_cache_slots:
-            die(OUT_OF_DEVICE_MEMORY)
+        if is_crowded:
+            self.find_room(config)
         self.path = path
         on_progress("weights", 2, 2)
         text = chat_template or "built in"
@@ -53,6 +53,15 @@ class FakeSession:
         memory = DeviceMemory("CUDA0", *(1 << 20,) * 6)
         n_slots = (config.moe_cache_slots or 8,) * 3
         return replace(info, device_memory=memory, moe_cache_slots=n_slots)
+
+    def find_room(self, config):
+        """On a GPU with room for 6 slots a layer, and for as many as go if 2 GiB stay free."""
+        if config.fit_margin_bytes > 3 << 30:
+            raise OptionError("one expert of each layer takes 1 GB: use a smaller --fit-margin")
+        if config.moe_cache_slots > 6 or not (
+            config.moe_cache_slots or config.fit_margin_bytes >= 2 << 30
+        ):
+            die(OUT_OF_DEVICE_MEMORY)
 
     def generate(self, request, emit, cancelled, between):
         action, _, argument = (request.prompt or "").partition(" ")

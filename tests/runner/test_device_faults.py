@@ -270,7 +270,7 @@ SHORT_SWEEPS = [
     *(sweep(device, READ, step) for device in ("cpu", "like a GPU") for step in (LOAD, ANSWER)),
     *(sweep("gpu", READ, step, pytest.mark.gpu) for step in (LOAD, ANSWER)),
     sweep("gpu", ON_HOST, ANSWER, pytest.mark.gpu),
-    sweep("like a GPU", WARM_UP, LOAD),
+    sweep("like a GPU", WARM_UP, LOAD, pytest.mark.slow),
 ]
 LONG_SWEEPS = [
     sweep(device, name, step, pytest.mark.slow)

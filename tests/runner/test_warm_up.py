@@ -74,7 +74,9 @@ def test_nobody_counts_it_and_the_context_is_empty(engines: list[Engine]) -> Non
         assert getattr(warm, name) == getattr(cold, name), name
     for engine in engines:
         assert engine.n_past == 0
-        assert (engine._parts.kv.cells.n_used, engine._cache.table.n_uses.sum()) == (0, 0)
+        assert engine._cache is not None and engine._cache.table.n_uses.sum() == 0
+        kv = engine._parts.kv
+        assert (kv.cells.n_used, kv._n_cleared) == (0, 0), "what was written is zeroed again"
 
 
 def test_the_cpu_computes_nothing_at_load(sizes: list[int]) -> None:

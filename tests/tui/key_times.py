@@ -1,5 +1,4 @@
-"""`python -m tests.tui.key_times KIND [TOKENS_PER_S [TOKENS]]`: how long a key takes while text
-streams in.
+"""`python -m tests.tui.key_times KIND [TOKENS_PER_S]`: how long a key takes while text streams in.
 
 An answer of 10,000 tokens of four characters comes at the given speed (1,500 a second; 0: as fast
 as it can) into a screen of 120 x 40, and a key is pressed twenty times a second. For each key the
@@ -60,13 +59,9 @@ class StreamingClient(FakeClient):
         yield result()
 
 
-async def measure(
-    kind: str, tokens_per_s: float = N_TOKENS_PER_S, n_tokens: int = N_TOKENS
-) -> KeyTimes:
+async def measure(kind: str, tokens_per_s: float = N_TOKENS_PER_S) -> KeyTimes:
     """Type while an answer of this kind comes."""
-    n_chars = n_tokens * N_TOKEN_CHARS
-    if kind == "one line":
-        n_chars = max(n_chars, 100_000)
+    n_chars = 100_000 if kind == "one line" else N_TOKENS * N_TOKEN_CHARS
     text = KINDS[kind](n_chars)[:n_chars]
     app = ChatApp(request(StreamingClient(text, tokens_per_s)))  # type: ignore[arg-type]
     processor: list[float] = []
@@ -99,5 +94,4 @@ def _figures(times: list[float]) -> tuple[float, float]:
 
 if __name__ == "__main__":
     speed = float(sys.argv[2]) if len(sys.argv) > 2 else N_TOKENS_PER_S
-    length = int(sys.argv[3]) if len(sys.argv) > 3 else N_TOKENS
-    print(json.dumps(asdict(asyncio.run(measure(sys.argv[1], speed, length)))))
+    print(json.dumps(asdict(asyncio.run(measure(sys.argv[1], speed)))))

@@ -21,6 +21,7 @@ from tui.answer_parts import MAX_PART, MarkdownPart, PartSplitter
 from tui.markdown_text import Kind, Look, TextLayout
 
 _N_PAGES = 1  # above and below what is in sight whose lines are kept: turning a page is quick
+_N_AT_ONCE = 500  # lines that may be laid out for a selection before the far ones go
 _SLICE_S = 0.02  # laying out again after a change of width, at one go
 _PAUSE_S = 0.01  # between two of these: keys are answered there
 
@@ -187,7 +188,11 @@ class ConversationLog(ScrollView, can_focus=False):
         top, n_lines = round(self.scroll_y), self.size.height
         first = self._part_at(top - _N_PAGES * n_lines)
         last = self._part_at(top + (1 + _N_PAGES) * n_lines)
-        self._strips = {n: self._strips[n] for n in self._strips if first <= n <= last}
+        self._strips = {
+            n: strips
+            for n, strips in self._strips.items()
+            if first <= n <= last or n >= self._n_settled
+        }
 
     # Another width, other colours
 
@@ -279,7 +284,11 @@ class ConversationLog(ScrollView, can_focus=False):
 
     def get_selection(self, selection: Selection) -> tuple[str, str] | None:
         """The text that the person marked, as it is laid out."""
-        lines = [self._line(line).text.rstrip() for line in range(self._n_lines)]
+        lines = []
+        for line in range(self._n_lines):
+            lines.append(self._line(line).text.rstrip())
+            if line % _N_AT_ONCE == 0:
+                self._drop_far()
         self._drop_far()
         return selection.extract("\n".join(lines)), "\n"
 

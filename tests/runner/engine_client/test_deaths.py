@@ -112,9 +112,34 @@ def test_where_a_gpus_memory_runs_out_at_load_it_is_tried_again_with_a_wider_mar
 
 
 @POSIX_ONLY
+def test_where_there_is_no_less_the_death_is_told_and_not_the_margin(client, crowded):
+    with pytest.raises(WorkerDiedError, match="GPU"):
+        client.load(crowded, replace(CONFIG, fit_margin_bytes=(2 << 30) - 1))
+
+
+@POSIX_ONLY
+def test_slots_that_were_named_and_are_too_many_become_fewer_at_load(client, crowded):
+    info = client.load(crowded, replace(CONFIG, moe_cache_slots=7))
+    assert info.moe_cache_slots == (5, 5, 5)
+    (warning,) = info.warnings
+    assert "5 slots per layer now instead of 7" in warning
+
+
+@POSIX_ONLY
+def test_a_death_of_an_earlier_job_is_no_reason_to_load_with_less(client, crowded):
+    client.load(crowded, replace(CONFIG, moe_cache_slots=6))
+    dead = client.pid
+    with pytest.raises(WorkerDiedError, match="GPU"):
+        ask(client, "gpu-full")
+    with pytest.raises(WorkerDiedError, match="GPU"):
+        client.load(crowded, CONFIG)
+    assert client.pid == dead
+
+
+@POSIX_ONLY
 def test_where_a_gpus_memory_runs_out_later_the_restart_has_fewer_slots(client, crowded):
-    client.load(crowded, replace(CONFIG, moe_cache_slots=8))
-    for n_slots in (6, 5, 4):
+    client.load(crowded, replace(CONFIG, moe_cache_slots=6))
+    for n_slots in (5, 4, 3):
         with pytest.raises(WorkerDiedError, match="GPU"):
             ask(client, "gpu-full")
         info = client.restart()
@@ -125,7 +150,7 @@ def test_where_a_gpus_memory_runs_out_later_the_restart_has_fewer_slots(client, 
     with pytest.raises(WorkerDiedError):
         ask(client, "count 1")
     info = client.restart()
-    assert info.moe_cache_slots == (4, 4, 4) and info.warnings == (), "only where memory ran out"
+    assert info.moe_cache_slots == (3, 3, 3) and info.warnings == (), "only where memory ran out"
 
 
 def test_restart_replaces_a_worker_that_does_not_react_to_cancel(loaded):

@@ -1,7 +1,6 @@
 """What a model is loaded with after the memory of a GPU ran out."""
 
 from dataclasses import replace
-from typing import Any
 
 import pytest
 
@@ -21,9 +20,22 @@ def test_a_margin_that_was_too_small_at_load_is_doubled_and_at_least_the_usual_o
         assert less[0] == replace(ENGINE, fit_margin_bytes=wider_bytes)
 
 
-@pytest.mark.parametrize("fixed", [{"moe_cache_slots": 3}, {"moe_cache_bytes": 1 << 30}])
-def test_who_says_how_many_experts_there_are_is_not_overruled_at_load(fixed: Any) -> None:
-    assert with_less_memory(replace(ENGINE, **fixed), None) is None
+def test_a_size_that_was_named_is_what_becomes_smaller_at_load() -> None:
+    less = with_less_memory(replace(ENGINE, moe_cache_bytes=100 << 20), None)
+    assert less is not None
+    assert less[0] == replace(ENGINE, moe_cache_bytes=85 << 20) and "--moe-cache 85MiB" in less[1]
+    less = with_less_memory(replace(ENGINE, moe_cache_slots=8), None)
+    assert less is not None and less[0] == replace(ENGINE, moe_cache_slots=6)
+    assert with_less_memory(replace(ENGINE, moe_cache_slots=1), None) is None
+
+
+def test_restarts_that_die_at_load_again_have_fewer_slots_each_time() -> None:
+    info = replace(INFO, device_memory=MEMORY, moe_cache_slots=(8, 8))
+    engine, tried = ENGINE, []
+    while (less := with_less_memory(engine, info)) is not None:
+        engine = less[0]
+        tried.append(engine.moe_cache_slots)
+    assert tried == [6, 5, 4, 3, 2, 1]
 
 
 @pytest.mark.parametrize(("n_slots", "fewer"), [(100, 85), (8, 6), (3, 2), (2, 1)])
