@@ -1,4 +1,4 @@
-"""Sizes and ranges as text: what a person reads and what a flag takes. Knows no model."""
+"""Sizes, counts and ranges as text: what a person reads and what a flag takes. Knows no model."""
 
 import math
 import re
@@ -26,6 +26,14 @@ def bytes_text(n_bytes: int) -> str:
         units.pop(0)
     digits = 0 if value >= 100 or units[0] == "B" else 1 if value >= 10 else 2
     return f"{value:.{digits}f} {units[0]}"
+
+
+def count_text(n: int) -> str:
+    """A number of parameters, as "46.7 B" or "28.9 M"."""
+    for limit, unit in ((10**9, "B"), (10**6, "M"), (10**3, "k")):
+        if n >= limit:
+            return f"{n / limit:.1f} {unit}"
+    return str(n)
 
 
 def range_text(counts: Sequence[int]) -> str:

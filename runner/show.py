@@ -4,7 +4,7 @@ from collections import Counter
 from dataclasses import dataclass
 
 from quant.gguf_file import GGUFFile
-from runner.byte_sizes import bytes_text, range_text
+from runner.byte_sizes import bytes_text, count_text, range_text
 from runner.checks.model_keys import ModelKeys
 from runner.config import EngineConfig
 from runner.engine_limits import choose_limits
@@ -189,14 +189,6 @@ def format_text(description: ModelDescription) -> str:
     if notes:
         blocks.append("  Notes\n" + _indented("\n".join(notes)))
     return "\n\n".join(blocks)
-
-
-def count_text(n: int) -> str:
-    """As "46.7 B" or "28.9 M"."""
-    for limit, unit in ((10**9, "B"), (10**6, "M"), (10**3, "k")):
-        if n >= limit:
-            return f"{n / limit:.1f} {unit}"
-    return str(n)
 
 
 def _license(file: GGUFFile) -> str:

@@ -5,10 +5,10 @@ from collections.abc import Iterator, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 
-from runner.bench import BenchSetting, format_records, label_of_test, records
 from runner.errors import BuddyrunError, OptionError
 from runner.protocol import BenchSample, BenchTest, NamedText
 from runner.terminal import cli_options as options
+from runner.terminal.bench_text import BenchSetting, format_records, label_of_test, records
 from runner.terminal.chat_view import ChatView
 from runner.terminal.cli_options import Params
 from runner.terminal.model_path import find_model

@@ -9,13 +9,14 @@ from pathlib import Path
 from typing import Any
 
 from runner import protocol
+from runner.byte_sizes import count_text
 from runner.errors import BuddyrunError, OptionError
 from runner.protocol import GenerateResult, ModelInfo
 from runner.stats import StatsSnapshot
 from runner.terminal.cache_text import cache_text
 from runner.terminal.chat_file import load_chat, read_text_file, save_chat
 from runner.terminal.chat_input import without_quotes
-from runner.terminal.chat_view import count, device_memory_line, model_line
+from runner.terminal.chat_view import device_memory_line, model_line
 from runner.terminal.conversation import ChatSettings, Conversation
 from runner.terminal.history import LineHistory
 from runner.terminal.sampling_options import N_PREDICT, SAMPLING_OPTIONS, find_option
@@ -248,7 +249,7 @@ class ChatCommands:
                 f"name        {info.name}",
                 f"file        {info.path}",
                 f"model       {info.description}: {model_line(info)}",
-                f"parameters  {count(info.n_params)}",
+                f"parameters  {count_text(info.n_params)}",
                 f"context     {info.n_ctx} tokens (trained on {info.n_ctx_train})",
                 f"cache       {info.cache_type_k} keys, {info.cache_type_v} values",
                 f"device      {info.device}, {info.n_threads} threads, batches of {info.n_batch}",

@@ -199,7 +199,7 @@ def model_line(info: ModelInfo) -> str:
     experts = f" x {info.n_expert} experts (top {info.n_expert_used})" if info.n_expert else ""
     return (
         f"{visible_line(info.architecture)}, {info.n_layer} layers{experts},"
-        f" {visible_line(info.file_type)}, {size(info.size_bytes)}"
+        f" {visible_line(info.file_type)}, {bytes_text(info.size_bytes)}"
     )
 
 
@@ -283,17 +283,6 @@ def tokens(n: int) -> str:
     if n < 1000:
         return str(n)
     return f"{n / 1024:.1f}k".replace(".0k", "k")
-
-
-def size(n_bytes: int) -> str:
-    """A size as file managers show it: 31.2 MB, 26.4 GB."""
-    unit, name = (10**9, "GB") if n_bytes >= 10**9 else (10**6, "MB")
-    return f"{n_bytes / unit:.1f} {name}"
-
-
-def count(n: int) -> str:
-    """A number of parameters: 28.9 M, 46.7 B."""
-    return f"{n / 1e6:.1f} M" if n < 10**9 else f"{n / 1e9:.1f} B"
 
 
 def percent(part: float, whole: float) -> str:

@@ -2,10 +2,11 @@
 
 from dataclasses import replace
 
+from runner.byte_sizes import bytes_text
 from runner.frames import Frame
 from runner.stats import StatsSnapshot, share
 from runner.terminal.cache_text import cache_text
-from runner.terminal.chat_view import buddies_line, model_line, percent, size, tokens
+from runner.terminal.chat_view import buddies_line, model_line, percent, tokens
 from runner.terminal.terminal_text import visible_line
 
 PS_HEADER = ("PID", "MODEL", "SIZE", "DEVICE", "DOING", "CONTEXT", "SLOTS", "HIT", "BUDDY", "T/S")
@@ -19,7 +20,7 @@ def frame_text(frame: Frame) -> str:
         ("doing", doing(frame)),
     ]
     if frame.memory_bytes:
-        rows.append(("memory", f"{size(frame.memory_bytes)} in RAM, mapped files included"))
+        rows.append(("memory", f"{bytes_text(frame.memory_bytes)} in RAM, mapped files included"))
     model, stats = frame.model, frame.stats
     if model is None or stats is None:
         return _lines(rows)
@@ -55,7 +56,7 @@ def ps_row(frame: Frame) -> tuple[str, ...]:
     return (
         str(frame.owner_pid),
         visible_line(model.name or model.path)[:30],
-        size(model.size_bytes),
+        bytes_text(model.size_bytes),
         visible_line(model.backend),
         doing(frame),
         f"{tokens(stats.n_past)}/{tokens(stats.n_ctx)}",

@@ -16,7 +16,6 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from runner.bench import cpu_name
 from runner.config import BUDDY_OFF, BUDDY_POLICIES, EngineConfig
 from runner.errors import InternalError, OptionError, WorkerDiedError
 from runner.protocol import FrontierFields, NamedText
@@ -33,6 +32,7 @@ from runner.quality.frontier import (
 from runner.quality.frontier_svg import frontier_svg
 from runner.quality.frontier_table import footer_lines, header_lines, row_line
 from runner.terminal import cli_options as options
+from runner.terminal.bench_text import cpu_name
 from runner.terminal.cli_options import Params
 from runner.terminal.model_path import find_model
 from runner.terminal.perplexity_command import warn

@@ -356,5 +356,5 @@ def test_the_banner_shows_a_models_name_safely_and_its_notes() -> None:
     ChatView(out, io.StringIO(), is_terminal=True, has_color=False).banner("1.2.3", INFO)
     printed = out.getvalue()
     assert "buddyrun 1.2.3" in printed
-    assert "Fake ␛[31m8x1B: llama, 32 layers x 8 experts (top 2), Q8_0, 8.5 GB" in printed
+    assert "Fake ␛[31m8x1B: llama, 32 layers x 8 experts (top 2), Q8_0, 8.50 GB" in printed
     assert "The context is capped." in printed

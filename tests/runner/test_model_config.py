@@ -14,12 +14,13 @@ import pytest
 from numpy.typing import NDArray
 
 from quant.gguf_file import GGUFFile
+from runner.byte_sizes import bytes_text, count_text
 from runner.checks.model_tensors import check_norms
 from runner.checks.read_model import read_model
 from runner.errors import ModelError
 from runner.model_config import ModelConfig, RopeConfig
 from runner.model_sizes import expert_ranges, kv_bytes_per_token, model_sizes
-from runner.show import bytes_text, count_text, describe, format_text
+from runner.show import describe, format_text
 from tests.gguf_writer import (
     ARR,
     BOOL,

@@ -31,7 +31,7 @@ def scripted(folder: Path, *arguments: str, **environment: str) -> Pane:
 def test_a_chat_from_banner_to_bye_leaves_the_terminal_as_it_was(tmp_path: Path) -> None:
     with scripted(tmp_path) as pane:
         banner = pane.wait_for_prompt(1)
-        assert "Scripted: llama, 32 layers x 8 experts (top 2), Q8_0, 8.5 GB" in banner
+        assert "Scripted: llama, 32 layers x 8 experts (top 2), Q8_0, 8.50 GB" in banner
         assert "The context is capped." in banner
         pane.type("hello", "Enter")
         assert "You said 'hello'\n[ Prompt: 41.2 t/s | Generation" in pane.wait_for_prompt(2)

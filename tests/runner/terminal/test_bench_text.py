@@ -11,13 +11,19 @@ from typing import Any, cast
 import numpy as np
 import pytest
 
-from runner.bench import BenchRecord, BenchSetting, format_records, label_of_test, records
 from runner.errors import WorkerDiedError
 from runner.miss_policy import RoutingPlan
 from runner.protocol import BenchSample, BenchTest, ModelInfo
 from runner.speed_test import measure
 from runner.stats import StatsRecorder, StatsSnapshot
 from runner.terminal.bench_command import bench_text
+from runner.terminal.bench_text import (
+    BenchRecord,
+    BenchSetting,
+    format_records,
+    label_of_test,
+    records,
+)
 from tests.paths import DEMO
 from tests.runner.chat_fakes import INFO
 from tests.runner.command_line import BUDDYRUN, buddyrun, buddyrun_process
