@@ -8,7 +8,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
-from runner import protocol
+from runner import message_values
 from runner.config import EngineConfig, GenerateRequest
 from runner.doctor_report import DoctorReport
 from runner.errors import (
@@ -166,7 +166,7 @@ class Client:
                 case "prompt_progress":
                     yield PromptProgress(reply["done"], reply["total"], reply["n_cached"])
                 case "done":
-                    yield protocol.parse(GenerateResult, reply["result"])
+                    yield message_values.parse(GenerateResult, reply["result"])
 
     def bench(
         self, tests: Sequence[BenchTest], repetitions: int, text: str
@@ -175,7 +175,7 @@ class Client:
         for reply in self._run_job("bench", BenchFields(tuple(tests), repetitions, text)):
             if reply["type"] == "bench_result":
                 sample = {name: value for name, value in reply.items() if name not in _ENVELOPE}
-                yield protocol.parse(BenchSample, sample)
+                yield message_values.parse(BenchSample, sample)
 
     def perplexity(
         self, wanted: PerplexityFields, on_progress: OnProgress | None = None
@@ -186,11 +186,11 @@ class Client:
         for kind, body in self._run_on_file("perplexity", wanted, on_progress):
             match kind:
                 case "run_progress":
-                    yield protocol.parse(RunProgress, body)
+                    yield message_values.parse(RunProgress, body)
                 case "window_done":
-                    yield protocol.parse(WindowDone, body)
+                    yield message_values.parse(WindowDone, body)
                 case "perplexity_done":
-                    yield protocol.parse(Evaluation, body["evaluation"])
+                    yield message_values.parse(Evaluation, body["evaluation"])
 
     def profile(
         self, wanted: ProfileFields, on_progress: OnProgress | None = None
@@ -198,7 +198,7 @@ class Client:
         """Make a model's profile of buddies. No model is loaded after it. `on_progress` as for
         `load`. Raises CancelledError after `cancel`."""
         *_, (_, body) = self._run_on_file("profile", wanted, on_progress)
-        return protocol.parse(ProfileResult, body["result"])
+        return message_values.parse(ProfileResult, body["result"])
 
     def frontier(
         self, wanted: FrontierFields, on_progress: OnProgress | None = None
@@ -209,11 +209,11 @@ class Client:
         for kind, body in self._run_on_file("frontier", wanted, on_progress):
             match kind:
                 case "run_progress":
-                    yield protocol.parse(RunProgress, body)
+                    yield message_values.parse(RunProgress, body)
                 case "frontier_base":
-                    yield protocol.parse(FrontierBase, body)
+                    yield message_values.parse(FrontierBase, body)
                 case "frontier_point":
-                    yield protocol.parse(FrontierPoint, body)
+                    yield message_values.parse(FrontierPoint, body)
 
     def doctor(self, wanted: DoctorFields, on_progress: OnProgress | None = None) -> DoctorReport:
         """Examine what this machine can compute on. No model is loaded after it. `on_progress` as
@@ -225,7 +225,7 @@ class Client:
             if reply["type"] == "progress" and on_progress is not None:
                 on_progress(reply["stage"], reply["done"], reply["total"])
             elif reply["type"] == "doctor_done":
-                report = protocol.parse(DoctorReport, reply["report"])
+                report = message_values.parse(DoctorReport, reply["report"])
         assert report is not None
         return report
 
@@ -237,7 +237,7 @@ class Client:
     def frame(self) -> Frame:
         """What the engine does now, also while it computes; from any thread."""
         reply = self._ask("frame")
-        frame = protocol.parse(Frame, reply["frame"])
+        frame = message_values.parse(Frame, reply["frame"])
         return replace(frame, model=self._info if frame.stats is not None else None)
 
     def change(
@@ -254,7 +254,7 @@ class Client:
         given = {name: value for name, value in vars(wanted).items() if value is not None}
         with self._change_lock:
             self._changed = replace(self._changed, **given)
-        return protocol.parse(RunSettings, reply["settings"])
+        return message_values.parse(RunSettings, reply["settings"])
 
     def _change_again(self) -> None:
         """What was changed holds after a restart too, but for a pause: exact first, whatever
@@ -289,7 +289,7 @@ class Client:
             if reply["type"] == "progress" and on_progress is not None:
                 on_progress(reply["stage"], reply["done"], reply["total"])
             elif reply["type"] == "loaded":
-                info = protocol.parse(ModelInfo, reply["info"])
+                info = message_values.parse(ModelInfo, reply["info"])
         assert info is not None
         self._info = info
         return info

@@ -8,7 +8,7 @@ import json
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
-from runner import protocol
+from runner import message_values
 from runner.errors import OptionError
 from runner.protocol import ModelInfo
 from runner.stats import StatsSnapshot
@@ -72,12 +72,12 @@ class FrameWriter:
 
 def model_line(frame: Frame) -> str:
     """The line about a frame's model."""
-    return json.dumps({"model": frame.model}, default=protocol.fields_of)
+    return json.dumps({"model": frame.model}, default=message_values.fields_of)
 
 
 def frame_line(frame: Frame) -> str:
     """The line of a frame, without its model."""
-    return json.dumps({"frame": replace(frame, model=None)}, default=protocol.fields_of)
+    return json.dumps({"frame": replace(frame, model=None)}, default=message_values.fields_of)
 
 
 class FrameReader:
@@ -97,9 +97,9 @@ class FrameReader:
             case {"model": None}:
                 self._model = None
             case {"model": dict(info)}:
-                self._model = protocol.parse(ModelInfo, info)
+                self._model = message_values.parse(ModelInfo, info)
             case {"frame": dict(values)}:
-                return replace(protocol.parse(Frame, values), model=self._model)
+                return replace(message_values.parse(Frame, values), model=self._model)
             case _:
                 raise OptionError(f"not a line of a recording: {line[:60]!r}")
         return None

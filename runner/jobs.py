@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
-from runner import protocol
+from runner import message_values, protocol
 from runner.config import EngineConfig, GenerateRequest
 from runner.doctor_report import DoctorReport
 from runner.frames import RunSettings
@@ -152,7 +152,7 @@ class Jobs:
                 return {"type": "bench_done"}
 
     def _load(self, job: Job) -> ModelInfo:
-        wanted = protocol.parse(LoadFields, body(job.message))
+        wanted = message_values.parse(LoadFields, body(job.message))
         self._board.forget_model()
         progress = self._progress(job, "loading")
         info = self._session.load(
@@ -171,7 +171,7 @@ class Jobs:
         return on_progress
 
     def _generate(self, job: Job) -> GenerateResult:
-        wanted = protocol.parse(protocol.GenerateFields, body(job.message))
+        wanted = message_values.parse(protocol.GenerateFields, body(job.message))
         self._board.note("prompt")
 
         def emit(event: TextPiece | PromptProgress) -> None:
@@ -187,7 +187,7 @@ class Jobs:
         return self._session.generate(wanted.request, emit, job.cancelled.is_set, between)
 
     def _bench(self, job: Job) -> None:
-        wanted = protocol.parse(BenchFields, body(job.message))
+        wanted = message_values.parse(BenchFields, body(job.message))
         self._board.note("measuring", "speed")
 
         def emit(sample: BenchSample) -> None:
@@ -198,7 +198,7 @@ class Jobs:
         )
 
     def _perplexity(self, job: Job) -> Evaluation:
-        wanted = protocol.parse(PerplexityFields, body(job.message))
+        wanted = message_values.parse(PerplexityFields, body(job.message))
         progress = self._begin_on_file(job)
         return self._session.perplexity(
             wanted, progress, self._run_events(job), job.cancelled.is_set
@@ -216,16 +216,16 @@ class Jobs:
         return emit
 
     def _profile(self, job: Job) -> ProfileResult:
-        wanted = protocol.parse(ProfileFields, body(job.message))
+        wanted = message_values.parse(ProfileFields, body(job.message))
         return self._session.profile(wanted, self._begin_on_file(job), job.cancelled.is_set)
 
     def _frontier(self, job: Job) -> None:
-        wanted = protocol.parse(FrontierFields, body(job.message))
+        wanted = message_values.parse(FrontierFields, body(job.message))
         progress = self._begin_on_file(job)
         self._session.frontier(wanted, progress, self._run_events(job), job.cancelled.is_set)
 
     def _doctor(self, job: Job) -> DoctorReport:
-        wanted = protocol.parse(DoctorFields, body(job.message))
+        wanted = message_values.parse(DoctorFields, body(job.message))
         return self._session.doctor(wanted, self._begin_on_file(job), job.cancelled.is_set)
 
 

@@ -1,22 +1,21 @@
-"""A loaded model as the worker uses it: messages in, pieces of text out. Knows no socket."""
+"""At most one loaded model, as the worker uses it: messages in, text out. Knows no socket."""
 
-import re
 import time
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack, suppress
-from dataclasses import dataclass
 
 from runner import speed_test
-from runner.chat_template import MERGED_SYSTEM_NOTE, ChatTemplate
+from runner.answer import Answer, Cancelled, Emit, opening_of, prompt_text
+from runner.chat_template import ChatTemplate
 from runner.config import EngineConfig, GenerateRequest
 from runner.doctor import examine
 from runner.doctor_report import DoctorReport
 from runner.engine import Engine
-from runner.errors import CancelledError, OptionError, TemplateError
+from runner.errors import CancelledError, OptionError
 from runner.evaluate import Listeners, evaluate
 from runner.frames import RunSettings
 from runner.frontier import FrontierEvent, measure_frontier
-from runner.model_sizes import ModelSizes, model_sizes
+from runner.loaded_model import LoadedModel, describe
 from runner.profile import make_profile
 from runner.protocol import (
     BenchSample,
@@ -29,30 +28,12 @@ from runner.protocol import (
     PerplexityFields,
     ProfileFields,
     ProfileResult,
-    PromptProgress,
-    TextPiece,
 )
 from runner.quality.evaluation import Evaluation, RunProgress, WindowDone
 from runner.run_control import RunControl
 from runner.sampler import Sampler
 from runner.stats import StatsSnapshot
 from runner.tokenizer import Tokenizer
-
-_THINK = "<think>"
-
-Cancelled = Callable[[], bool]
-Emit = Callable[[TextPiece | PromptProgress], None]
-
-
-@dataclass(frozen=True)
-class LoadedModel:
-    """What belongs to one model; closed together."""
-
-    engine: Engine
-    tokenizer: Tokenizer
-    template: ChatTemplate
-    control: RunControl
-    owners: ExitStack
 
 
 class Session:
@@ -83,7 +64,7 @@ class Session:
             template = ChatTemplate(source, tokenizer.bos_text, tokenizer.eos_text)
             control = RunControl(engine)
             self._model = LoadedModel(engine, tokenizer, template, control, owners.pop_all())
-        return _describe(path, self._model, time.perf_counter() - started)
+        return describe(path, self._model, time.perf_counter() - started)
 
     def close(self) -> None:
         """Free the model."""
@@ -117,11 +98,10 @@ class Session:
         Raises OptionError, TemplateError, ContextFullError.
         """
         model = self._loaded()
-        text = _prompt_text(model, request)
+        text = prompt_text(model, request)
         tokens = model.tokenizer.tokenize(text, add_special=True, parse_special=True)
-        opening = _THINK + "\n" if _opens_thinking(text, request) else ""
         with Sampler(model.tokenizer, request.sampling, tokens) as sampler:
-            answer = Answer(model, request, emit, opening)
+            answer = Answer(model, request, emit, opening_of(text, request))
             result = answer.make(tokens, sampler, cancelled, between)
         with suppress(OptionError):  # told when the model was loaded; the answer counts more
             model.engine.save_usage()
@@ -209,182 +189,3 @@ class Session:
         if self._model is None:
             raise OptionError("no model is loaded")
         return self._model
-
-
-class Answer:
-    """One answer while it is made: the text that came and the time it took."""
-
-    def __init__(
-        self, model: LoadedModel, request: GenerateRequest, emit: Emit, opening: str
-    ) -> None:
-        """`opening` goes before the first text of the model; without any text it is left out."""
-        self._model = model
-        self._emit = emit
-        self._opening = opening
-        self._n_predict = request.n_predict
-        continues_text = request.prompt is not None
-        self._detokenizer = model.tokenizer.detokenizer(keep_leading_space=continues_text)
-        self._n_cached = 0
-        self._n_generated = 0
-        self._paused_s = 0.0
-        self._prompt_end = time.perf_counter()
-        self._after_prompt = model.engine.snapshot()
-
-    def make(
-        self,
-        tokens: list[int],
-        sampler: Sampler,
-        cancelled: Cancelled,
-        between: Callable[[], None],
-    ) -> GenerateResult:
-        """Generate to the end; the text goes to `emit`, what it cost is returned. The time that
-        `between` takes, which may be a pause, is nobody's."""
-        engine, started = self._model.engine, time.perf_counter()
-        stop_reason = self._generate(tokens, sampler, cancelled, between)
-        self._emit_text(self._detokenizer.flush())
-        counted = engine.snapshot().counted_since(self._after_prompt)
-        return GenerateResult(
-            stop_reason=stop_reason,
-            n_prompt=len(tokens),
-            n_cached=self._n_cached,
-            n_generated=self._n_generated,
-            prompt_s=self._prompt_end - started,
-            generation_s=time.perf_counter() - self._prompt_end - self._paused_s,
-            n_past=engine.n_past,
-            n_ctx=engine.n_ctx,
-            seed=sampler.seed,
-            n_hit=sum(counted.hit),
-            n_loaded=sum(counted.loaded),
-            n_on_host=sum(counted.on_host),
-            n_substituted=sum(counted.substituted),
-            n_dropped=sum(counted.dropped),
-            has_cache=bool(counted.n_slots),
-            has_buddies=counted.buddy_budget > 0.0,
-            repeated_4grams=counted.repeated_4grams,
-            n_verified=counted.n_verified,
-            verified_kl=counted.verified_kl,
-            verified_agreement=counted.verified_agreement,
-        )
-
-    def _generate(
-        self,
-        tokens: list[int],
-        sampler: Sampler,
-        cancelled: Cancelled,
-        between: Callable[[], None],
-    ) -> str:
-        steps = self._model.engine.generate(
-            tokens,
-            sampler.sample,
-            self._n_predict,
-            self._model.tokenizer.is_end_of_generation,
-            cancelled,
-            self._on_prompt,
-        )
-        stop_reason = "length"  # also when no token was asked for
-        for step in steps:
-            stop_reason = step.stop_reason or stop_reason
-            if step.token >= 0 and step.stop_reason != "eos":
-                self._n_generated += 1
-                self._emit_text(self._detokenizer.push(step.token))
-            if step.stop_reason is None:
-                began_s = time.perf_counter()
-                between()
-                self._paused_s += time.perf_counter() - began_s
-        return stop_reason
-
-    def _on_prompt(self, done: int, total: int, n_cached: int) -> None:
-        self._n_cached = n_cached
-        self._prompt_end = time.perf_counter()
-        self._after_prompt = self._model.engine.snapshot()
-        self._emit(PromptProgress(done, total, n_cached))
-
-    def _emit_text(self, text: str) -> None:
-        if text and self._opening:
-            self._emit(TextPiece(self._opening, 0))
-            self._opening = ""
-        if text:
-            self._emit(TextPiece(text, self._n_generated))
-
-
-def _prompt_text(model: LoadedModel, request: GenerateRequest) -> str:
-    text = request.prompt
-    if text is None:
-        if not request.messages:
-            raise OptionError("there is nothing to answer: no message and no prompt")
-        for message in request.messages:
-            if not {"role", "content"} <= message.keys():
-                raise OptionError("a message must have a role and a content")
-        text = model.template.render(request.messages)
-    if not text:
-        raise OptionError("the prompt is empty")
-    return text
-
-
-def _opens_thinking(prompt: str, request: GenerateRequest) -> bool:
-    """Whether the chat template began the thinking section, so that the answer lacks its tag.
-
-    An answer that must follow a grammar begins with that grammar, not with thinking.
-    """
-    is_free = not (request.sampling.grammar or request.sampling.json_schema)
-    return request.prompt is None and is_free and prompt.rstrip().endswith(_THINK)
-
-
-def _describe(path: str, model: LoadedModel, load_s: float) -> ModelInfo:
-    engine, config = model.engine, model.engine.model_config
-    sizes = model_sizes(engine.file, config)
-    template_notes = (MERGED_SYSTEM_NOTE,) if _merges_system(model.template) else ()
-    return ModelInfo(
-        path=path,
-        name=config.name,
-        description=f"{config.architecture} {_size_label(engine, sizes)} {config.file_type}",
-        architecture=config.architecture,
-        file_type=config.file_type,
-        n_params=sizes.n_params,
-        size_bytes=sizes.n_bytes,
-        n_layer=config.n_layer,
-        n_expert=config.n_expert,
-        n_expert_used=config.n_expert_used,
-        n_ctx=engine.n_ctx,
-        n_ctx_train=config.n_ctx_train,
-        n_threads=engine.n_threads,
-        n_batch=engine.config.n_batch,
-        cache_type_k=engine.config.cache_type_k,
-        cache_type_v=engine.config.cache_type_v,
-        chat_template=model.template.source,
-        device=engine.device_name,
-        load_s=load_s,
-        ggml_version=engine.ggml_version,
-        moe_cache_bytes=engine.cache_plan.n_bytes,
-        moe_cache_slots=engine.cache_plan.n_slots,
-        moe_cache_policy=engine.config.moe_cache_policy if engine.cache_plan.n_slots else "",
-        buddy=engine.buddies.name,
-        buddy_budget=engine.buddies.budget,
-        buddy_profile=engine.buddies.profile,
-        backend=engine.backend.device.backend,
-        device_memory=engine.device_memory(),
-        warnings=engine.warnings,
-        notes=engine.notes + template_notes,
-    )
-
-
-def _size_label(engine: Engine, sizes: ModelSizes) -> str:
-    """The usual name of the size, "8x7B": with experts, what one dense model of them would have."""
-    label = engine.file.metadata.get("general.size_label")
-    if isinstance(label, str) and re.fullmatch(r"[\w.]{1,16}", label):
-        return label
-    n_expert = engine.model_config.n_expert
-    if not n_expert:
-        return _short(sizes.n_params)
-    return f"{n_expert}x{_short(sizes.n_params_one_expert)}"
-
-
-def _merges_system(template: ChatTemplate) -> bool:
-    try:
-        return template.merges_system
-    except TemplateError:
-        return False  # a broken template is reported when a conversation needs it
-
-
-def _short(n: int) -> str:
-    return f"{n / 1e9:.1f}B" if n >= 1e9 else f"{n / 1e6:.1f}M"

@@ -18,7 +18,7 @@ from multiprocessing.connection import Connection, Listener
 from pathlib import Path
 from queue import Empty, SimpleQueue
 
-from runner import protocol
+from runner import message_values, protocol
 from runner.errors import (
     BackendError,
     BuddyrunError,
@@ -194,7 +194,7 @@ class Desk:
 
     def _change(self, message: Message) -> Message:
         assert self._session is not None
-        wanted = protocol.parse(ChangeFields, body(message))
+        wanted = message_values.parse(ChangeFields, body(message))
         return {"type": "changed", "settings": self._session.change(wanted)}
 
     # any thread

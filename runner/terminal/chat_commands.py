@@ -8,7 +8,7 @@ from enum import Enum
 from pathlib import Path
 from typing import Any
 
-from runner import protocol
+from runner import message_values
 from runner.byte_sizes import count_text
 from runner.errors import BuddyrunError, OptionError
 from runner.protocol import GenerateResult, ModelInfo
@@ -236,7 +236,7 @@ class ChatCommands:
             case "stats":
                 text = json.dumps(self._state.stats(), indent=1, ensure_ascii=False)
             case "cache":
-                snapshot = protocol.parse(StatsSnapshot, self._state.stats())
+                snapshot = message_values.parse(StatsSnapshot, self._state.stats())
                 text = cache_text(self._state.info, snapshot)
             case _:
                 text = self._info()

@@ -6,9 +6,9 @@ from collections import deque
 from collections.abc import Iterable
 from contextlib import AbstractContextManager, nullcontext
 
-from runner import protocol
 from runner.errors import OptionError
 from runner.frames import Frame, FrameWriter
+from runner.message_values import fields_of
 from runner.recording import Recorder, Replay
 from runner.screens import MonitorRequest, Screens
 from runner.terminal.cli_options import Params
@@ -39,7 +39,7 @@ def list_engines(as_json: bool) -> None:
     """Print all engines of this user. Raises BuddyrunError."""
     frames = [each.frame for each in running()]
     if as_json:
-        print(json.dumps(frames, default=protocol.fields_of))
+        print(json.dumps(frames, default=fields_of))
     else:
         print(_shown(table([PS_HEADER, *map(ps_row, frames)])))
 
@@ -73,7 +73,7 @@ def _last(replay: Replay) -> Frame:
 
 
 def _print_once(frame: Frame, as_json: bool) -> None:
-    print(json.dumps(frame, default=protocol.fields_of) if as_json else _shown(frame_text(frame)))
+    print(json.dumps(frame, default=fields_of) if as_json else _shown(frame_text(frame)))
 
 
 def _follow(replay: Replay | None, found: list[Running], recorder: Recorder | None) -> None:

@@ -14,9 +14,10 @@ from typing import Any
 
 from quant.errors import BackendError
 from quant.ggml_library import Ggml, load_ggml
+from runner.answer import Cancelled, Emit
 from runner.config import GenerateRequest
 from runner.protocol import GenerateResult
-from runner.session import Cancelled, Emit, Session
+from runner.session import Session
 from tests.paths import ROOT
 
 FAILED, OUT_OF_MEMORY = -1, -2  # ggml's statuses

@@ -9,7 +9,7 @@ from runner.checks.read_model import read_model
 from runner.config import EngineConfig
 from runner.engine_limits import choose_limits
 from runner.errors import OptionError
-from runner.protocol import parse
+from runner.message_values import parse
 from tests.paths import DEMO
 
 

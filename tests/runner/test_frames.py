@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import pytest
 
-from runner import protocol
+from runner import message_values
 from runner.errors import OptionError
 from runner.expert_counts import ExpertCounter
 from runner.frames import Frame, FrameReader, FrameWriter, RunSettings
@@ -68,5 +68,5 @@ def test_a_tuple_of_a_fixed_length_has_that_length() -> None:
 
 
 def test_a_dataclass_is_json_field_by_field() -> None:
-    text = json.dumps(RunSettings(True, "x", 0.5, False), default=protocol.fields_of)
+    text = json.dumps(RunSettings(True, "x", 0.5, False), default=message_values.fields_of)
     assert json.loads(text) == vars(RunSettings(True, "x", 0.5, False))

@@ -8,7 +8,8 @@ import pytest
 
 from runner.device_memory import DeviceMemory
 from runner.errors import OptionError
-from runner.protocol import LoadFields, ModelInfo, encode, parse
+from runner.message_values import parse
+from runner.protocol import LoadFields, ModelInfo, encode
 from tests.runner.chat_fakes import INFO
 
 MEMORY = DeviceMemory("CUDA0", 1, 2, 3, 4, 5, 6)

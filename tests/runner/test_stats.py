@@ -9,7 +9,7 @@ from collections.abc import Iterator
 import numpy as np
 import pytest
 
-from runner import protocol
+from runner import message_values, protocol
 from runner.miss_policy import RoutingPlan
 from runner.stats import StatsRecorder, StatsSnapshot
 
@@ -170,7 +170,7 @@ def test_a_snapshot_survives_the_way_to_the_terminal() -> None:
     recorder.record_read(1, 4096, 1234)
     now = recorder.snapshot(1, 64, ((3, -1), (0,)), (5, 0))
     message = json.loads(protocol.encode({"type": "stats", "snapshot": now}))
-    assert protocol.parse(StatsSnapshot, message["snapshot"]) == now
+    assert message_values.parse(StatsSnapshot, message["snapshot"]) == now
 
 
 @pytest.fixture
