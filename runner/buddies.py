@@ -4,7 +4,6 @@ The file is a numpy .npz with a JSON header. Nothing in it is trusted: sizes are
 anything is read, nothing is unpickled, and every array is checked. Knows no policy and no engine.
 """
 
-import hashlib
 import io
 import json
 import math
@@ -12,17 +11,14 @@ import os
 import re
 import zipfile
 import zlib
-from bisect import bisect_right
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import asdict, dataclass, fields
-from itertools import accumulate
 from pathlib import Path
 from typing import Any, Self
 
 import numpy as np
 
-from quant.gguf_file import ByteRange, GGUFFile
 from runner.errors import ProfileError
 
 FORMAT, VERSION = "buddyrun-buddies", 1
@@ -37,7 +33,6 @@ _DTYPES: Mapping[str, np.dtype[Any]] = {
     "uses": _COUNTS, "coactivation": _COUNTS, "scale": _FLOATS, "error": _FLOATS,
     "tae_percentiles": _FLOATS, "gram": _FLOATS, "power": _FLOATS,
 }  # fmt: skip
-_N_HASHED_BLOCKS, _HASHED_BLOCK_BYTES = 256, 4096
 _NUMBER_OF_SHARD = re.compile(r"-\d{5}(-of-\d{5})$")
 
 
@@ -153,35 +148,6 @@ def default_path(model: str | Path) -> Path:
     path = Path(model)
     stem = _NUMBER_OF_SHARD.sub(r"-00001\1", path.name.removesuffix(".gguf"))
     return path.with_name(f"{stem}.buddies.npz")
-
-
-def model_hash(file: GGUFFile) -> str:
-    """A name for the model's content, hex: SHA-256 over the size of the files, their headers and
-    256 blocks of 4 KiB spread over the tensors.
-
-    Quick, and different for another model, another quantization and most edits. Raises GGUFError
-    or OSError when the file cannot be read any more.
-    """
-    digest = hashlib.sha256(b"%d," % file.size_bytes)
-    tensors = sorted(file.tensors.values(), key=lambda tensor: (tensor.shard, tensor.offset))
-    end_of_shard = {tensor.shard: tensor.offset + tensor.n_bytes for tensor in tensors}
-    for shard, path in enumerate(file.paths):
-        starts = [tensor.offset for tensor in tensors if tensor.shard == shard]
-        _hash_bytes(digest, file, ByteRange(shard, 0, starts[0] if starts else path.stat().st_size))
-    ends = list(accumulate(tensor.n_bytes for tensor in tensors))
-    for i in range(_N_HASHED_BLOCKS if ends else 0):
-        position = i * ends[-1] // _N_HASHED_BLOCKS
-        tensor = tensors[at := bisect_right(ends, position)]
-        start = tensor.offset + position - (ends[at] - tensor.n_bytes)
-        n_bytes = min(_HASHED_BLOCK_BYTES, end_of_shard[tensor.shard] - start)
-        _hash_bytes(digest, file, ByteRange(tensor.shard, start, n_bytes))
-    return digest.hexdigest()
-
-
-def _hash_bytes(digest: Any, file: GGUFFile, part: ByteRange) -> None:
-    data = bytearray(part.n_bytes)
-    file.read(part, data)
-    digest.update(data)
 
 
 # soundness

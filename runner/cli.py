@@ -14,6 +14,7 @@ import click
 
 from runner.errors import BuddyrunError
 from runner.terminal import cli_options as options
+from runner.terminal.bench_options import BENCH_FLAGS
 from runner.terminal.cli_options import Params
 from runner.terminal.command_group import DefaultGroup, FlagCommand, SectionedCommand
 from runner.terminal.device_options import DEVICE_FLAGS, PLAN_DEVICE_FLAGS
@@ -233,7 +234,7 @@ _CHAT_SECTIONS = (
 
 _BENCH_SECTIONS = (
     ("Model", (options.MODEL_FLAG,)),
-    ("Tests", options.BENCH_FLAGS),
+    ("Tests", BENCH_FLAGS),
     ("Speed against quality: --frontier, and what goes with it only", FRONTIER_FLAGS),
     ("Device and speed", (*DEVICE_FLAGS, *options.THREAD_FLAGS)),
     ("Experts", EXPERT_FLAGS),

@@ -8,10 +8,10 @@ from dataclasses import replace
 from pathlib import Path
 
 from quant.gguf_file import GGUFFile
-from runner.buddies import model_hash
 from runner.config import EngineConfig
 from runner.errors import OptionError
 from runner.evaluate import Listeners, compare, prepare, record_base
+from runner.model_hash import model_hash
 from runner.protocol import FrontierFields, PerplexityFields
 from runner.quality.base_run import BaseRun
 from runner.quality.evaluation import RunProgress, WindowDone

@@ -28,7 +28,7 @@ from runner.kv_cache import padded_context
 from runner.model_config import ModelConfig
 from runner.model_sizes import ModelSizes, model_sizes
 from runner.standins.choose_policy import ChosenPolicy, choose_policy
-from runner.stats import StatsRecorder
+from runner.stats_recorder import StatsRecorder
 from runner.warm_up import warm_up
 
 Progress = Callable[[str, int, int], None]

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from quant.gguf_file import GGUFFile
-from runner.buddies import BuddyTable, PolicyEstimate, model_hash
+from runner.buddies import BuddyTable, PolicyEstimate
 from runner.checks.file_check import check_unchanged
 from runner.checks.read_model import read_model
 from runner.config import BUDDY_OFF, EngineConfig
@@ -23,6 +23,7 @@ from runner.errors import CancelledError, ProfileError
 from runner.hardware import available_memory_bytes, n_cores
 from runner.layer_trace import LayerTrace
 from runner.model_config import ModelConfig
+from runner.model_hash import model_hash
 from runner.profiling import statistics
 from runner.profiling.calibration import CONTEXT_TOKENS, Calibration, calibrate
 from runner.profiling.estimates import LayerRouting, estimate

@@ -17,7 +17,7 @@ from runner.experts.streaming import Streaming
 from runner.experts.upload_choice import expert_to_upload
 from runner.miss_policy import DROPPED, Routing, RoutingPlan
 from runner.residency import Residency
-from runner.stats import StatsRecorder
+from runner.stats_recorder import StatsRecorder
 
 _N_WARM_UP = 2  # runs before one that is timed
 _MAX_UPLOADS = 2  # under way at a time, so that they never queue up before what is asked for

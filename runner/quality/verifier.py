@@ -9,7 +9,7 @@ import numpy as np
 from runner.errors import ModelError
 from runner.kv_cache import KVCache
 from runner.quality.divergence import Softmax, kl_divergence
-from runner.stats import StatsRecorder
+from runner.stats_recorder import StatsRecorder
 
 
 class Verifier:

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from quant.gguf_file import GGUFFile
-from runner.buddies import BuddyTable, PolicyEstimate, default_path, model_hash
+from runner.buddies import BuddyTable, PolicyEstimate, default_path
 from runner.config import (
     BUDDY_AUTO,
     BUDDY_OFF,
@@ -21,6 +21,7 @@ from runner.config import (
 )
 from runner.errors import OptionError
 from runner.model_config import ModelConfig
+from runner.model_hash import model_hash
 from runner.standins.buddy_policy import BuddyPolicy
 from runner.standins.make_policy import NEEDS_PROFILE, PolicySettings, make_policy
 

@@ -29,9 +29,7 @@ from runner.terminal.sampling_options import N_PREDICT, SAMPLING_OPTIONS, Sampli
 
 ENVIRONMENT_PREFIX = "BUDDYRUN"
 FILE = click.Path(path_type=str)  # lets a shell complete file names
-BENCH_FORMATS = ("md", "json", "jsonl", "csv")
 CACHE_TYPES = click.Choice(["f16", "q8_0"])
-_MAX_BENCH_TOKENS = 1 << 20
 
 Params = dict[str, Any]  # what click makes of the command line, by parameter name
 
@@ -45,7 +43,7 @@ def flag(
         help=help,
         type=type,
         default=default,
-        **(_twin(names) if has_twin else {}),
+        **(twin(names) if has_twin else {}),
         show_default=default not in ("", None),
     )
 
@@ -54,11 +52,12 @@ def switch(
     *names: str, help: str, default: bool | None = False, has_twin: bool = True
 ) -> click.Option:
     """An on/off option with its environment twin."""
-    twin = _twin(names) if has_twin else {}
-    return click.Option(names, help=help, is_flag=True, default=default, **twin)
+    parts = twin(names) if has_twin else {}
+    return click.Option(names, help=help, is_flag=True, default=default, **parts)
 
 
-def _twin(names: Sequence[str]) -> Params:
+def twin(names: Sequence[str]) -> Params:
+    """click's arguments for the environment twin of a flag with these names."""
     name = next(name for name in names if name.startswith("--")).partition("/")[0]
     variable = f"{ENVIRONMENT_PREFIX}_{name.strip('-').replace('-', '_').upper()}"
     return {"envvar": variable, "show_envvar": True}
@@ -187,7 +186,7 @@ SAMPLING_FLAGS = (
         multiple=True,
         help="Text that ends a repeat for DRY; may be repeated; 'none' = no breakers."
         " Without it: newline, colon, quote and star.",
-        **_twin(["--dry-sequence-breaker"]),
+        **twin(["--dry-sequence-breaker"]),
     ),
 )
 
@@ -202,71 +201,6 @@ TERMINAL_FLAGS = (
         type=FILE,
     ),
     switch("-v", "--verbose", "verbose", help="Show timings in full, and traces of bugs."),
-)
-
-
-class _CountList(click.ParamType):  # type: ignore[type-arg]
-    """Token counts as llama-bench takes them: 512 or 512,1024; 0 leaves a test out."""
-
-    name = "N,..."
-
-    def convert(
-        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
-    ) -> tuple[int, ...]:
-        """Raises click.BadParameter for anything but counts."""
-        if not isinstance(value, str):
-            return tuple(value)
-        try:
-            counts = tuple(int(part) for part in value.split(","))
-        except ValueError:
-            counts = (-1,)
-        if any(not 0 <= n <= _MAX_BENCH_TOKENS for n in counts):
-            self.fail(
-                f"{value!r} is not a list of counts from 0 to {_MAX_BENCH_TOKENS}", param, ctx
-            )
-        return counts
-
-
-def _join_counts(
-    context: click.Context, param: click.Parameter, values: tuple[tuple[int, ...], ...]
-) -> tuple[int, ...]:
-    return tuple(n for counts in values for n in counts)
-
-
-def _counts(*names: str, help: str, default: int) -> click.Option:
-    return click.Option(
-        names,
-        help=help,
-        type=_CountList(),
-        multiple=True,
-        default=[str(default)],
-        show_default=True,
-        callback=_join_counts,
-        **_twin(names),
-    )
-
-
-BENCH_FLAGS = (
-    _counts("-p", "--n-prompt", "prompts", help="Prompts of N tokens.", default=512),
-    _counts("-n", "--n-gen", "gens", help="Generations of N tokens.", default=128),
-    flag(
-        *("-r", "--repetitions", "repetitions"),
-        help="How often each test runs.",
-        type=click.IntRange(1, 1000),
-        default=5,
-    ),
-    flag(
-        *("-o", "--output", "form"),
-        help="Format of the figures.",
-        type=click.Choice(BENCH_FORMATS),
-        default="md",
-    ),
-    flag(
-        "--text",
-        "text",
-        help="The text whose tokens are used; a packaged one otherwise.",
-        type=FILE,
-    ),
 )
 
 

@@ -7,9 +7,9 @@ import click
 
 from runner.config import BUDDY_POLICIES
 from runner.quality.frontier import ALL
+from runner.terminal.bench_options import BENCH_FLAGS
 from runner.terminal.buddy_options import Share
 from runner.terminal.cli_options import (
-    BENCH_FLAGS,
     FILE,
     flag,
     is_on_command_line,

@@ -13,7 +13,7 @@ from runner.doctor_report import Bandwidth, DoctorReport
 from runner.errors import CancelledError, ContextFullError, ModelError, OptionError
 from runner.frames import RunSettings
 from runner.protocol import BenchSample, GenerateResult, ModelInfo, PromptProgress, TextPiece
-from runner.stats import StatsRecorder
+from runner.stats_recorder import StatsRecorder
 
 OUT_OF_DEVICE_MEMORY = "ggml-cuda.cu:98: CUDA error: out of memory"
 

@@ -12,8 +12,9 @@ import numpy as np
 import pytest
 
 from quant.gguf_file import GGUFFile
-from runner.buddies import BuddyTable, PolicyEstimate, default_path, model_hash
+from runner.buddies import BuddyTable, PolicyEstimate, default_path
 from runner.errors import ProfileError
+from runner.model_hash import model_hash
 from tests.random_model import RandomModel, write_random_model
 
 HASH = "ab" * 32

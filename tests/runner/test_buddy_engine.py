@@ -11,10 +11,11 @@ import pytest
 from gguf import GGMLQuantizationType as T
 
 from quant.gguf_file import GGUFFile
-from runner.buddies import default_path, model_hash
+from runner.buddies import default_path
 from runner.config import BUDDY_POLICIES, MOE_CACHE_OFF, EngineConfig
 from runner.engine import Engine
 from runner.errors import CancelledError, GGUFError, OptionError
+from runner.model_hash import model_hash
 from runner.tokenizer import Tokenizer
 from tests.numpy_oracle import numpy_logits
 from tests.random_model import RandomModel, write_random_model

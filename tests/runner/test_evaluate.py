@@ -28,7 +28,8 @@ from runner.quality.base_run import BaseRun, check_room
 from runner.quality.divergence import Scores
 from runner.quality.evaluation import Divergence, RunProgress, WindowDone
 from runner.session import Session
-from runner.stats import StatsRecorder, StatsSnapshot
+from runner.stats import StatsSnapshot
+from runner.stats_recorder import StatsRecorder
 from runner.tokenizer import Tokenizer
 from tests.llama_cpp_oracle import LlamaCpp
 from tests.paths import DEMO

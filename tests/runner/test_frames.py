@@ -9,7 +9,7 @@ from runner import message_values
 from runner.errors import OptionError
 from runner.expert_counts import ExpertCounter
 from runner.frames import Frame, FrameReader, FrameWriter, RunSettings
-from runner.stats import StatsRecorder
+from runner.stats_recorder import StatsRecorder
 from tests.runner.chat_fakes import INFO
 
 

@@ -15,11 +15,12 @@ import pytest
 from gguf import GGMLQuantizationType as T
 
 from quant.gguf_file import GGUFFile
-from runner.buddies import BuddyTable, model_hash
+from runner.buddies import BuddyTable
 from runner.config import EngineConfig
 from runner.engine import Engine
 from runner.engine_client import Client
 from runner.errors import CancelledError, OptionError, ProfileError, WorkerDiedError
+from runner.model_hash import model_hash
 from runner.profile import MAX_SAMPLED, make_profile
 from runner.profiling.calibration import Calibration, calibrate
 from runner.profiling.workspace import folder_for

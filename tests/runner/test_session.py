@@ -8,7 +8,7 @@ from runner.config import EngineConfig, GenerateRequest, SamplingConfig
 from runner.errors import CancelledError, ContextFullError, GGUFError, OptionError, TemplateError
 from runner.protocol import BenchTest, PromptProgress, TextPiece
 from runner.session import Session
-from runner.stats import StatsRecorder
+from runner.stats_recorder import StatsRecorder
 from tests.paths import DEMO
 
 GREEDY = SamplingConfig(temperature=0)

@@ -11,7 +11,8 @@ import pytest
 
 from runner import message_values, protocol
 from runner.miss_policy import RoutingPlan
-from runner.stats import StatsRecorder, StatsSnapshot
+from runner.stats import StatsSnapshot
+from runner.stats_recorder import StatsRecorder
 
 N_LAYER, N_USED = 3, 2
 

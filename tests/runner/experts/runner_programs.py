@@ -19,7 +19,7 @@ from runner.experts.expert_runner import ExpertRunner
 from runner.experts.miss_planner import MissPlanner
 from runner.experts.slot_table import SlotTable
 from runner.miss_policy import RoutingPlan
-from runner.stats import StatsRecorder
+from runner.stats_recorder import StatsRecorder
 from tests.runner.experts.cache_programs import (
     SPOILED,
     WAYS_TO_SPOIL,

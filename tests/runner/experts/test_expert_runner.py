@@ -9,7 +9,7 @@ import pytest
 
 from runner.experts.expert_runner import ExpertRunner
 from runner.experts.miss_planner import MissPlanner
-from runner.stats import StatsRecorder
+from runner.stats_recorder import StatsRecorder
 from tests.runner.experts.cache_programs import (
     OpenModel,
     OpenModels,

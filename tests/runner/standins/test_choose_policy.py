@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from quant.gguf_file import GGUFFile
-from runner.buddies import BuddyTable, PolicyEstimate, default_path, model_hash
+from runner.buddies import BuddyTable, PolicyEstimate, default_path
 from runner.checks.read_model import read_model
 from runner.config import (
     BUDDY_POLICIES,
@@ -17,6 +17,7 @@ from runner.config import (
     EngineConfig,
 )
 from runner.errors import OptionError, ProfileError
+from runner.model_hash import model_hash
 from runner.standins.choose_policy import ChosenPolicy, choose_policy
 from runner.standins.make_policy import NEEDS_PROFILE
 from tests.random_model import RandomModel, write_random_model

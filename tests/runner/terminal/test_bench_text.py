@@ -15,7 +15,8 @@ from runner.errors import WorkerDiedError
 from runner.miss_policy import RoutingPlan
 from runner.protocol import BenchSample, BenchTest, ModelInfo
 from runner.speed_test import measure
-from runner.stats import StatsRecorder, StatsSnapshot
+from runner.stats import StatsSnapshot
+from runner.stats_recorder import StatsRecorder
 from runner.terminal.bench_command import bench_text
 from runner.terminal.bench_text import (
     BenchRecord,

@@ -13,7 +13,7 @@ from runner.errors import ContextFullError, TemplateError, WorkerDiedError
 from runner.miss_policy import RoutingPlan, ServedWeight
 from runner.protocol import ModelInfo
 from runner.standins.budget import WINDOW
-from runner.stats import StatsRecorder
+from runner.stats_recorder import StatsRecorder
 from runner.terminal.chat_commands import COMMANDS, complete
 from runner.terminal.conversation import ChatSettings
 from runner.terminal.history import LineHistory
