@@ -135,7 +135,7 @@ def _planned(
 
 
 def _device() -> "ReportedDevice | None":
-    from runner.terminal.run_command import reported_device
+    from runner.terminal.reported_device import reported_device
 
     try:
         return reported_device(DEVICE_AUTO)

@@ -9,14 +9,15 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from runner.config import DEVICE_AUTO, DEVICE_CPU, DEVICE_GPU, EngineConfig, GenerateRequest
-from runner.errors import BackendError, InternalError, OptionError, WorkerDiedError
+from runner.config import DEVICE_GPU, EngineConfig, GenerateRequest
+from runner.errors import InternalError, OptionError, WorkerDiedError
 from runner.protocol import ModelInfo
 from runner.terminal import cli_options as options
 from runner.terminal.chat_view import ChatView
 from runner.terminal.cli_options import Params
 from runner.terminal.model_path import find_file
 from runner.terminal.prompt import Prompt, join_prompt, read_pipe
+from runner.terminal.reported_device import reported_device
 from runner.terminal.status_line import StatusLine
 from runner.terminal.terminal_text import storable, visible
 
@@ -25,7 +26,6 @@ if TYPE_CHECKING:
     from runner.engine_client import Client
     from runner.model_config import ModelConfig
     from runner.screens import ChatRequest, Screens
-    from runner.show import ReportedDevice
     from runner.terminal.chat_input import Reader
     from runner.terminal.history import LineHistory
 
@@ -106,32 +106,6 @@ def _opened(model: str, params: Params) -> Iterator[tuple["GGUFFile", "ModelConf
         path = path_or_header
     with GGUFFile.open(path) as file:
         yield file, read_model(file)
-
-
-def reported_device(name: str) -> "ReportedDevice | None":
-    """The GPU of this name, as the engine's process finds it; None for the CPU.
-
-    Raises OptionError, and BackendError where ggml cannot be used.
-    """
-    from runner.engine_client import Client
-    from runner.protocol import DoctorFields
-    from runner.show import ReportedDevice
-
-    if name == DEVICE_CPU:
-        return None
-    with Client.start() as client:
-        report = client.doctor(DoctorFields(measure=False))
-    if report.problem:
-        raise BackendError(report.problem)
-    wanted = report.auto_device if name in (DEVICE_AUTO, DEVICE_GPU) else name
-    for device in report.devices:
-        if device.name == wanted:
-            if not device.is_gpu:
-                return None
-            free_bytes, is_shared = device.free_bytes or 0, device.shares_host_memory
-            return ReportedDevice(device.name, free_bytes, device.total_bytes, is_shared)
-    names = ", ".join(device.name for device in report.devices)
-    raise OptionError(f"--device {name}: the installed llama-cpp-python can use {names}")
 
 
 @contextmanager
