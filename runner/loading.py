@@ -28,6 +28,9 @@ _SLOW_MISSES = (
     "The experts do not fit into the free memory beside the GPU's: those that are missing there "
     "come from disk."
 )
+_COLD_MISSES = (
+    "The experts that are not on the GPU just fit into the free memory: each comes from disk once."
+)
 
 
 def page_in_weights(
@@ -41,8 +44,8 @@ def page_in_weights(
 
     Returns what the user should know. Raises CancelledError.
     """
-    if plan.is_on_device and not plan.has_room_for_experts:
-        return (_SLOW_MISSES,)
+    if plan.is_on_device and not plan.fits_host:
+        return (_COLD_MISSES if plan.has_room_for_experts else _SLOW_MISSES,)
     parts = [
         tensor.range
         for tensor in file.tensors.values()

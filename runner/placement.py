@@ -169,8 +169,8 @@ def _place(
         planner = MissPlanner(
             cache, graphs.passes, config.moe_miss, standins.policy, config.counts_weight
         )
-        counts_uses = usage is not None
-        experts = ExpertRunner(cache, graphs.passes, stats, planner, counts_uses=counts_uses)
+        sizes = (model.n_expert_used, opened.limits.n_batch)
+        experts = ExpertRunner(cache, graphs.passes, stats, planner, *sizes, usage is not None)
         experts.measure_costs()
     if config.warmup and not backend.is_host:
         slot = int(cache.table.slot_of[0].max()) if cache is not None else None

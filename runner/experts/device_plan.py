@@ -56,8 +56,7 @@ def plan_device(
     is_shared = device.shares_host_memory and not has_own_memory
     if is_shared and left is not None:
         available = min(available, left)
-    has_room = left is None or sizes.all_experts_bytes < left
-    plan = CachePlan((), 0, 0, available, other.n_bytes, (), True, has_room)
+    plan = CachePlan((), 0, 0, available, other.n_bytes, is_on_device=True)
     if not sizes.expert_bytes:
         _check_fits(device, other, available)
         return replace(plan, notes=_notes(device, plan))
@@ -74,10 +73,16 @@ def plan_device(
     if min(n_slots) < 1:
         raise OptionError(_shortage(config, device, sizes, other, plan))
     _check_room(config, device, other, plan)
+    n_paged_bytes = max(0, sizes.all_experts_bytes - plan.n_bytes)  # the others are on the device
     if is_shared and left is not None:  # what the slots hold, the file's pages cannot have
         left -= plan.n_bytes + other.n_bytes
-        plan = replace(plan, has_room_for_experts=sizes.all_experts_bytes < left)
-    return replace(plan, notes=_notes(device, plan))
+        n_paged_bytes = sizes.all_experts_bytes
+    return replace(
+        plan,
+        notes=_notes(device, plan),
+        has_room_for_experts=left is None or n_paged_bytes < left,
+        fits_host=left is None or sizes.all_experts_bytes < left,
+    )
 
 
 def with_fewer_slots(plan: CachePlan, sizes: ModelSizes) -> CachePlan | None:

@@ -19,7 +19,9 @@ from runner.miss_policy import DROPPED, Routing, RoutingPlan
 from runner.residency import Residency
 from runner.stats_recorder import StatsRecorder
 
-_N_WARM_UP = 2  # runs before one that is timed
+_N_WARM_UP = 2  # runs before those that are timed
+_N_TIMED = 2
+_N_SEVERAL = 8  # tokens of a batch whose cost tells that of others
 _MAX_UPLOADS = 2  # under way at a time, so that they never queue up before what is asked for
 
 
@@ -32,15 +34,21 @@ class ExpertRunner:
         passes: ExpertPasses,
         stats: StatsRecorder,
         planner: MissPlanner,
+        n_expert_used: int,
+        n_batch: int,
         counts_uses: bool = False,
     ) -> None:
-        """counts_uses: also where nothing is missing."""
+        """n_expert_used: by a token in a layer; n_batch: most tokens of a batch; counts_uses: also
+        where nothing is missing."""
         self._cache = cache
+        self._n_expert_used = n_expert_used
+        self._n_batch = n_batch
         self._passes = passes
         self._stats = stats
         self._planner = planner
         self._counts_uses = counts_uses
         self._guess: Load | None = None
+        self._is_one_token = True  # the batch
         self.wait_ns = 0  # spent waiting for reads, since the model was loaded
 
     def is_needed(self, n_tokens: int) -> bool:
@@ -56,7 +64,7 @@ class ExpertRunner:
         return self._cache.is_on_device and n_tokens > 1
 
     def measure_costs(self) -> None:
-        """Read one expert of the first layer and compute one pair with it, to know the costs."""
+        """Read one expert of the first layer and compute pairs with it, to know the costs."""
         cache, store = self._cache, self._cache.store
         favourites = cache.table.favourites(0)
         expert = favourites[0] if favourites else 0
@@ -64,16 +72,26 @@ class ExpertRunner:
         self.finish(load)
         if not favourites:
             cache.table.unpin(0, [expert])  # nobody has asked for it
-        self._time_pair(load.slot, on_host=False)
+        self._time_pairs(load.slot, on_host=False)
         if store.has_room and self._passes.has_host(0) and store.is_in_memory(0, expert):
-            self._time_pair(expert, on_host=True)
+            self._time_pairs(expert, on_host=True)
 
-    def _time_pair(self, slot: int, on_host: bool) -> None:
-        pair = np.zeros(1, np.int64)
-        for _ in range(_N_WARM_UP + 1):
-            spent_ns = self._passes.run(0, on_host, pair, np.array([slot]), n_tokens=1)
-        store = self._cache.store
-        store.observe_compute(store.n_bytes(0), spent_ns / 1e9, on_host)
+    def _time_pairs(self, slot: int, on_host: bool) -> None:
+        """One token's pair, and those of several tokens, for which the weights are read once."""
+        store, several = self._cache.store, min(_N_SEVERAL, self._n_batch)
+        one_s = self._fastest_s(slot, on_host, 1)
+        store.observe_compute(store.n_bytes(0), one_s, on_host)
+        if several > 1:
+            store.observe_more(one_s, self._fastest_s(slot, on_host, several), several, on_host)
+
+    def _fastest_s(self, slot: int, on_host: bool, n_tokens: int) -> float:
+        pairs = np.arange(n_tokens) * self._n_expert_used
+        slots = np.full_like(pairs, slot)
+        runs = [
+            self._passes.run(0, on_host, pairs, slots, n_tokens)
+            for _ in range(_N_WARM_UP + _N_TIMED)
+        ]
+        return min(runs[_N_WARM_UP:]) / 1e9
 
     def start_filling(self) -> None:
         """Read experts into empty slots until the first batch comes.
@@ -94,11 +112,12 @@ class ExpertRunner:
 
     def can_run_whole(self, n_tokens: int) -> bool:
         """Whether the host has nothing to decide about a batch: a single token whose router is
-        restricted to residents, with every slot filled."""
-        cache = self._cache
+        restricted to residents, with every slot filled and enough of them for a token."""
+        cache, table = self._cache, self._cache.table
         if n_tokens > 1 or not self._planner.is_restriction or cache.is_reading or cache.n_uploads:
             return False
-        table = cache.table
+        if min(table.n_slots) < self._n_expert_used:
+            return False  # the router would choose somebody who has no slot
         return not any(table.has_empty(layer) for layer in range(len(table.n_slots)))
 
     def run_whole(self, graph: BatchGraph, residency: Residency) -> list[RoutingPlan]:
@@ -121,6 +140,7 @@ class ExpertRunner:
         expert_ids (n, n_expert_used) int32. Raises what a failed read raised; then the layer's
         slots are in order and nothing of the batch may be used.
         """
+        self._is_one_token = len(expert_ids) == 1
         if self._cache.is_reading:
             self._stop_filling()
         self._settle_uploads(layer)
@@ -242,4 +262,5 @@ class ExpertRunner:
     def _count_read(self, load: Load) -> None:
         self._stats.record_read(load.layer, load.n_read_bytes, load.duration_ns, load.expert)
         if not load.n_skipped_bytes:  # the rest of an expert says little about a whole one
-            self._cache.store.observe_read(load.n_read_bytes, load.duration_ns / 1e9)
+            seconds = load.duration_ns / 1e9
+            self._cache.store.observe_read(load.n_read_bytes, seconds, forgets=self._is_one_token)

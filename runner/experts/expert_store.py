@@ -55,6 +55,8 @@ class ExpertStore:
         self._read_s_per_byte = 0.0  # running averages, 0.0 = not measured yet
         self._host_s_per_byte = 0.0
         self._slot_s_per_byte = 0.0
+        self._host_growth = 1.0  # cost of each pair after the first, in the first one's
+        self._slot_growth = 1.0
 
     @property
     def costs(self) -> ExpertCosts:
@@ -170,8 +172,9 @@ class ExpertStore:
         """
         if not self.has_room:
             return False
-        host_s_per_byte = n_pairs * self._host_s_per_byte
-        if host_s_per_byte > self._read_s_per_byte + n_pairs * self._slot_s_per_byte:
+        host_s_per_byte = self._host_s_per_byte * (1.0 + (n_pairs - 1) * self._host_growth)
+        slot_s_per_byte = self._slot_s_per_byte * (1.0 + (n_pairs - 1) * self._slot_growth)
+        if host_s_per_byte > self._read_s_per_byte + slot_s_per_byte:
             return False
         return self._is_likely_in_memory(layer, expert)
 
@@ -189,10 +192,12 @@ class ExpertStore:
         """Whether the system holds the expert's pages, as far as a few of them tell."""
         return all(self._file.is_cached(part) for part in self._ranges[layer][expert].parts)
 
-    def observe_read(self, n_bytes: int, duration_s: float) -> None:
-        """Keep the cost of reading current."""
+    def observe_read(self, n_bytes: int, duration_s: float, forgets: bool = True) -> None:
+        """Keep the cost of reading current. forgets: it was read since the host seemed slower, so
+        that this one gets another chance some time; not for batches, of which each needs many."""
         self._read_s_per_byte = _average(self._read_s_per_byte, duration_s / n_bytes)
-        self._host_s_per_byte *= _FORGETTING  # so that the host gets another chance some time
+        if forgets:
+            self._host_s_per_byte *= _FORGETTING
 
     def observe_compute(self, n_bytes: int, duration_s: float, on_host: bool) -> None:
         """Keep the cost of computing one token's pairs by experts of n_bytes together current."""
@@ -200,6 +205,14 @@ class ExpertStore:
             self._host_s_per_byte = _average(self._host_s_per_byte, duration_s / n_bytes)
         else:
             self._slot_s_per_byte = _average(self._slot_s_per_byte, duration_s / n_bytes)
+
+    def observe_more(self, one_s: float, several_s: float, n_pairs: int, on_host: bool) -> None:
+        """Take what n_pairs of one expert cost together, beside one: its weights are read once."""
+        growth = min(1.0, max(0.0, (several_s - one_s) / (n_pairs - 1) / one_s))
+        if on_host:
+            self._host_growth = growth
+        else:
+            self._slot_growth = growth
 
 
 def _average(old: float, new: float) -> float:

@@ -138,9 +138,10 @@ class Streaming:
     def _compute(self, experts: Sequence[int], on_host: bool = False) -> None:
         """Compute all pairs of these experts, in the order of the batch; on a device one expert
         after the other, unless all pairs are of one token: see `ExpertRunner`."""
-        if len(experts) > 1 and len(self._plan.experts) > 1 and self._passes.has_device:
+        is_apart = self._passes.has_device and not on_host
+        if is_apart and len(experts) > 1 and len(self._plan.experts) > 1:
             for expert in experts:
-                self._compute([expert], on_host)
+                self._compute([expert])
             return
         pairs, of_pair = self._pairs(experts)
         slots = of_pair if on_host else self._table.slot_of[self._layer][of_pair]

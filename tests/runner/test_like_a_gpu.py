@@ -4,6 +4,7 @@ from contextlib import closing
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import pytest
 
 from quant.devices import Device, cpu_device
@@ -12,11 +13,13 @@ from quant.ggml import Backend
 from quant.gguf_file import GGUFFile
 from quant.read_only_file import BLOCK_BYTES
 from runner import model
+from runner.batch_graph import BatchGraph
 from runner.config import EngineConfig
 from runner.devices import DeviceChoice
 from runner.engine import Engine
 from runner.errors import BackendError, OptionError
 from runner.expert_pass import ExpertPass
+from runner.expert_passes import ExpertPasses
 from tests.paths import DEMO
 
 CONFIG = EngineConfig(n_ctx=64, n_batch=32, n_threads=1, moe_cache_slots=3, moe_miss="load")
@@ -100,3 +103,46 @@ def test_a_context_is_judged_by_the_memory_that_holds_it(monkeypatch: pytest.Mon
     monkeypatch.setattr("runner.placement.choose_device", lambda name: DeviceChoice(cpu_device()))
     with pytest.raises(OptionError, match="-c 64"):
         Engine(DEMO, CONFIG)
+
+
+@pytest.mark.parametrize(("n_slots", "is_whole"), [(1, False), (2, True)])
+def test_a_router_is_restricted_on_the_device_where_a_token_finds_enough_residents(
+    monkeypatch: pytest.MonkeyPatch, n_slots: int, is_whole: bool
+) -> None:
+    settings = {"buddy": "resident", "buddy_budget": 1.0, "buddy_min_rank": 1, "moe_miss": "auto"}
+    n_runs = 0
+    run_whole = BatchGraph.run_whole
+
+    def counted(graph: BatchGraph, is_restricted: bool) -> None:
+        nonlocal n_runs
+        n_runs += 1
+        run_whole(graph, is_restricted)
+
+    monkeypatch.setattr(BatchGraph, "run_whole", counted)
+    with closing(Engine(DEMO, replace(CONFIG, moe_cache_slots=n_slots, **settings))) as engine:
+        engine.prefill(TOKENS)
+        rows = np.array([engine.decode(token).copy() for token in TOKENS])
+    assert np.isfinite(rows).all()
+    assert (n_runs > 0) == is_whole
+
+
+def test_the_experts_that_a_host_computes_for_a_prompt_are_one_pass(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    n_experts: list[int] = []
+    run = ExpertPasses.run
+
+    def noted(
+        self: ExpertPasses, layer: int, on_host: bool, pairs: Any, slots: Any, n_tokens: int
+    ) -> int:
+        if on_host and n_tokens > 1:
+            n_experts.append(len(set(slots)))
+        return run(self, layer, on_host, pairs, slots, n_tokens)
+
+    with closing(Engine(DEMO, replace(CONFIG, moe_miss="host"))) as engine:
+        monkeypatch.setattr(ExpertPasses, "run", noted)
+        rows = engine.prefill(TOKENS).copy()
+        assert 1 < max(n_experts) <= 8 and len(n_experts) <= engine.model_config.n_layer
+        assert sum(engine.snapshot().on_host) > 0
+    with closing(Engine(DEMO, CONFIG)) as engine:
+        assert np.abs(engine.prefill(TOKENS) - rows).max() < 0.1

@@ -134,7 +134,8 @@ class RunnerProgram:
         self.stats = StatsRecorder(config.n_layer, n_slots, n_expert=config.n_expert)
         self.miss_action = rng.choice(MISS_ACTIONS)
         planner = MissPlanner(self.cache, self.witness, self.miss_action)
-        self.runner = runner_type(self.cache, self.witness, self.stats, planner)
+        sizes = (config.n_expert_used, 64)
+        self.runner = runner_type(self.cache, self.witness, self.stats, planner, *sizes)
         self.n_done: Counter[str] = Counter()
         self.log: deque[str] = deque(maxlen=40)
         self._layer = 0  # of the latest batch

@@ -66,7 +66,7 @@ def test_a_device_in_the_hosts_memory_takes_no_more_than_the_host_has() -> None:
     assert min(plans[0].n_slots) == MODEL.n_expert
     headroom = other_memory(CONFIG, MODEL, SIZES, 512, 64, half).headroom_bytes
     assert plans[1].n_bytes + OTHER + headroom <= half and max(plans[1].n_slots) < MODEL.n_expert
-    assert not plans[1].has_room_for_experts
+    assert not plans[1].has_room_for_experts and not plans[1].fits_host
     assert plans[2].n_slots == plans[3].n_slots == plans[4].n_slots == plans[0].n_slots
     assert plans[2].has_room_for_experts
 
@@ -151,13 +151,21 @@ def test_a_plan_never_takes_more_than_the_device_has_beside_the_rest(
 # the host beside it
 
 
-def test_the_host_has_room_for_the_experts_or_not() -> None:
-    headroom = other_memory(CONFIG, MODEL, SIZES, 512, 64, 1_000_000_000).headroom_bytes
-    tight = replace(SIZES, all_experts_bytes=1_000_000_000 - headroom)
-    assert not plan(host=1_000_000_000, sizes=tight).has_room_for_experts
-    fitting = replace(tight, all_experts_bytes=tight.all_experts_bytes - 1)
-    assert plan(host=1_000_000_000, sizes=fitting).has_room_for_experts
-    assert plan(host=None, sizes=tight).has_room_for_experts, "unknown is not too little"
+@pytest.mark.parametrize(
+    ("n_more", "fits", "has_room"),
+    [(-1, True, True), (0, False, True), (9 * SLOT - 1, False, True), (9 * SLOT, False, False)],
+)
+def test_the_host_has_room_for_the_experts_or_for_those_that_are_not_on_the_device(
+    n_more: int, fits: bool, has_room: bool
+) -> None:
+    host = 1_000_000_000
+    headroom = other_memory(CONFIG, MODEL, SIZES, 512, 64, host).headroom_bytes
+    sizes = replace(SIZES, all_experts_bytes=host - headroom + n_more)
+    made = plan(OTHER + 9 * SLOT, host=host, sizes=sizes)
+    assert made.n_bytes == 9 * SLOT
+    assert (made.fits_host, made.has_room_for_experts) == (fits, has_room)
+    unknown = plan(OTHER + 9 * SLOT, host=None, sizes=sizes)
+    assert unknown.fits_host and unknown.has_room_for_experts, "unknown is not too little"
 
 
 def test_what_the_host_has_does_not_change_the_slots() -> None:

@@ -55,7 +55,8 @@ def make_runner(cache: TimedCache, model: OpenModel, action: str) -> tuple[Exper
     witness = Witness(model, cache, Random(0))
     witness.hosts = [True] * model.config.n_layer
     stats = StatsRecorder(model.config.n_layer, cache.table.n_slots, n_expert=model.config.n_expert)
-    return ExpertRunner(cache, witness, stats, MissPlanner(cache, witness, action)), witness
+    planner = MissPlanner(cache, witness, action)
+    return ExpertRunner(cache, witness, stats, planner, n_expert_used=2, n_batch=64), witness
 
 
 def serve(

@@ -393,6 +393,41 @@ def test_a_host_that_was_slow_once_is_tried_again_after_some_reads(path: Path) -
         assert 10 < n_reads < 200
 
 
+def test_the_many_reads_of_a_prompt_make_the_host_seem_no_faster(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with store_of(path, has_room=True) as (store, _):
+        monkeypatch.setattr(store, "is_in_memory", lambda layer, expert: True)
+        measured(store, read=13.0, slot=0.35, host=2.2)
+        for _ in range(300):
+            store.observe_read(1000, 13.0, forgets=False)
+        assert not store.is_cheaper_on_host(0, 1, 128)
+        assert np.isclose(store.costs.host_s_per_byte, 0.0022, rtol=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("one_s", "several_s", "n_pairs_at_most"),
+    [
+        (2.0, 16.0, 12),  # eight cost eight times as much: each pair loses 1 s, a read takes 12.5
+        (2.0, 9.0, 1000),  # a pair more costs 1 s, as in a slot
+        (2.0, 12.5, 24),  # 1.5 s: 2 + 1.5 * 23 = 36.5 = 12.5 + 24
+        (2.0, 1.0, 1000),  # noise: never less than nothing
+        (2.0, 99.0, 12),  # nor more than all alone
+    ],
+)
+def test_more_pairs_of_an_expert_cost_what_several_cost_together(
+    one_s: float, several_s: float, n_pairs_at_most: int, path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    with store_of(path, has_room=True) as (store, _):
+        monkeypatch.setattr(store, "is_in_memory", lambda layer, expert: True)
+        measured(store, read=12.5, slot=1.0, host=2.0)
+        store.observe_more(1.0, 8.0, 8, on_host=False)
+        store.observe_more(one_s, several_s, 8, on_host=True)
+        is_cheaper = [store.is_cheaper_on_host(0, 1, n) for n in range(1, 1001)]
+        assert is_cheaper == [n <= n_pairs_at_most for n in range(1, 1001)]
+
+
 def test_many_equal_measurements_change_nothing(path: Path) -> None:
     with store_of(path, has_room=True) as (store, _):
         for _ in range(500):
