@@ -150,7 +150,8 @@ class Backend(_Owner):
 
     @classmethod
     def on(cls, device: Device) -> "Backend":
-        """A queue on this device; several on one device run beside each other."""
+        """A queue on this device. Several on one device run beside each other where ggml gives
+        each its own, as with CUDA's streams; with Vulkan they end in one and take turns."""
         return cls(load_ggml(), device)
 
     @property
