@@ -24,14 +24,6 @@ from runner.readback import Readback
 from runner.residency import Residency
 from runner.weights import Weights
 
-_SLOW_MISSES = (
-    "The experts do not fit into the free memory beside the GPU's: those that are missing there "
-    "come from disk."
-)
-_COLD_MISSES = (
-    "The experts that are not on the GPU just fit into the free memory: each comes from disk once."
-)
-
 
 def page_in_weights(
     file: GGUFFile,
@@ -45,7 +37,7 @@ def page_in_weights(
     Returns what the user should know. Raises CancelledError.
     """
     if plan.is_on_device and not plan.fits_host:
-        return (_COLD_MISSES if plan.has_room_for_experts else _SLOW_MISSES,)
+        return ()
     parts = [
         tensor.range
         for tensor in file.tensors.values()

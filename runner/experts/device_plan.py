@@ -14,6 +14,14 @@ from runner.model_sizes import ModelSizes
 
 _ALIGNMENT_BYTES = 4096  # a device may begin each slab at a round address
 _MATRICES = 3
+_SLOW_MISSES = (
+    "The experts do not fit into the free memory beside the GPU's: those that are missing there "
+    "come from disk."
+)
+_COLD_MISSES = (
+    "The experts that are not on the GPU just fit into the free memory: at first they come from "
+    "disk."
+)
 _FEWER = 0.9  # of the slots, after the device had less memory than it said
 
 
@@ -73,16 +81,28 @@ def plan_device(
     if min(n_slots) < 1:
         raise OptionError(_shortage(config, device, sizes, other, plan))
     _check_room(config, device, other, plan)
-    n_paged_bytes = max(0, sizes.all_experts_bytes - plan.n_bytes)  # the others are on the device
-    if is_shared and left is not None:  # what the slots hold, the file's pages cannot have
+    if left is None:
+        return replace(plan, notes=_notes(device, plan))
+    if is_shared:  # what the slots hold, the file's pages cannot have
         left -= plan.n_bytes + other.n_bytes
-        n_paged_bytes = sizes.all_experts_bytes
-    return replace(
-        plan,
-        notes=_notes(device, plan),
-        has_room_for_experts=left is None or n_paged_bytes < left,
-        fits_host=left is None or sizes.all_experts_bytes < left,
-    )
+    else:
+        left -= host.compute_bytes + sizes.embedding_bytes
+    return _beside_host(replace(plan, notes=_notes(device, plan)), device, sizes, left)
+
+
+def _beside_host(plan: CachePlan, device: DeviceLike, sizes: ModelSizes, left: int) -> CachePlan:
+    """With what `left` bytes of the host's memory hold of the experts: all, those that are not on
+    the device, or too few."""
+    n_bytes = sizes.all_experts_bytes
+    if n_bytes < left:
+        return plan
+    is_apart = not device.shares_host_memory  # else slots may lie in what the pages need
+    n_missing_bytes = max(0, n_bytes - plan.n_bytes)
+    if not n_missing_bytes:  # whatever is uploaded is read once, and past the page cache
+        return replace(plan, has_room_for_experts=False, fits_host=False)
+    has_room = is_apart and n_missing_bytes < left
+    notes = (*plan.notes, _COLD_MISSES if has_room else _SLOW_MISSES)
+    return replace(plan, notes=notes, has_room_for_experts=has_room, fits_host=False)
 
 
 def with_fewer_slots(plan: CachePlan, sizes: ModelSizes) -> CachePlan | None:
@@ -97,9 +117,16 @@ def with_fewer_slots(plan: CachePlan, sizes: ModelSizes) -> CachePlan | None:
         f"The GPU had less memory than it said: {_per_layer(n_slots)} slots per layer instead of "
     )
     text += f"{_per_layer(refused)}."
-    notes = (*(note for note in plan.notes if not note.startswith("The GPU had")), text)
-    n_bytes = _n_bytes(n_slots, sizes)
-    return replace(plan, n_slots=n_slots, n_bytes=n_bytes, notes=notes, refused_slots=refused)
+    kept = [note for note in plan.notes if not note.startswith("The GPU had")]
+    notes = (*(_SLOW_MISSES if note == _COLD_MISSES else note for note in kept), text)
+    return replace(
+        plan,
+        n_slots=n_slots,
+        n_bytes=_n_bytes(n_slots, sizes),
+        notes=notes,
+        refused_slots=refused,
+        has_room_for_experts=plan.fits_host,  # more of them need it than was reckoned with
+    )
 
 
 def _per_layer(n_slots: Sequence[int]) -> str:

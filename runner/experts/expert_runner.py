@@ -21,7 +21,7 @@ from runner.stats_recorder import StatsRecorder
 
 _N_WARM_UP = 2  # runs before those that are timed
 _N_TIMED = 2
-_N_SEVERAL = 8  # tokens of a batch whose cost tells that of others
+_N_FEW, _N_MANY = 8, 32  # tokens of batches whose costs tell those of others
 _MAX_UPLOADS = 2  # under way at a time, so that they never queue up before what is asked for
 
 
@@ -78,11 +78,12 @@ class ExpertRunner:
 
     def _time_pairs(self, slot: int, on_host: bool) -> None:
         """One token's pair, and those of several tokens, for which the weights are read once."""
-        store, several = self._cache.store, min(_N_SEVERAL, self._n_batch)
+        store = self._cache.store
         one_s = self._fastest_s(slot, on_host, 1)
         store.observe_compute(store.n_bytes(0), one_s, on_host)
-        if several > 1:
-            store.observe_more(one_s, self._fastest_s(slot, on_host, several), several, on_host)
+        if self._n_batch >= _N_MANY:  # both of these build their graphs first
+            few_s, many_s = (self._fastest_s(slot, on_host, n) for n in (_N_FEW, _N_MANY))
+            store.observe_more((many_s - few_s) / (_N_MANY - _N_FEW) / one_s, on_host)
 
     def _fastest_s(self, slot: int, on_host: bool, n_tokens: int) -> float:
         pairs = np.arange(n_tokens) * self._n_expert_used

@@ -206,9 +206,10 @@ class ExpertStore:
         else:
             self._slot_s_per_byte = _average(self._slot_s_per_byte, duration_s / n_bytes)
 
-    def observe_more(self, one_s: float, several_s: float, n_pairs: int, on_host: bool) -> None:
-        """Take what n_pairs of one expert cost together, beside one: its weights are read once."""
-        growth = min(1.0, max(0.0, (several_s - one_s) / (n_pairs - 1) / one_s))
+    def observe_more(self, growth: float, on_host: bool) -> None:
+        """Take what a further pair of an expert costs, in what its first one does: less, since the
+        weights are read once."""
+        growth = min(1.0, max(0.0, growth))
         if on_host:
             self._host_growth = growth
         else:

@@ -151,21 +151,50 @@ def test_a_plan_never_takes_more_than_the_device_has_beside_the_rest(
 # the host beside it
 
 
+HOST = 1_000_000_000
+
+
+def sizes_of(n_more: int) -> ModelSizes:
+    """Experts that take so many bytes more than the host's memory has for them."""
+    other = other_memory(CONFIG, MODEL, SIZES, 512, 64, HOST)
+    taken = other.headroom_bytes + other.compute_bytes + SIZES.embedding_bytes
+    return replace(SIZES, all_experts_bytes=HOST - taken + n_more)
+
+
 @pytest.mark.parametrize(
-    ("n_more", "fits", "has_room"),
-    [(-1, True, True), (0, False, True), (9 * SLOT - 1, False, True), (9 * SLOT, False, False)],
+    ("n_more", "fits", "has_room", "words"),
+    [
+        (-1, True, True, ""),
+        (0, False, True, "at first they come from disk"),
+        (9 * SLOT - 1, False, True, "at first they come from disk"),
+        (9 * SLOT, False, False, "those that are missing there come from disk"),
+    ],
 )
 def test_the_host_has_room_for_the_experts_or_for_those_that_are_not_on_the_device(
-    n_more: int, fits: bool, has_room: bool
+    n_more: int, fits: bool, has_room: bool, words: str
 ) -> None:
-    host = 1_000_000_000
-    headroom = other_memory(CONFIG, MODEL, SIZES, 512, 64, host).headroom_bytes
-    sizes = replace(SIZES, all_experts_bytes=host - headroom + n_more)
-    made = plan(OTHER + 9 * SLOT, host=host, sizes=sizes)
+    made = plan(OTHER + 9 * SLOT, host=HOST, sizes=sizes_of(n_more))
     assert made.n_bytes == 9 * SLOT
     assert (made.fits_host, made.has_room_for_experts) == (fits, has_room)
-    unknown = plan(OTHER + 9 * SLOT, host=None, sizes=sizes)
+    assert bool(made.notes) == bool(words) and words in " ".join(made.notes)
+    unknown = plan(OTHER + 9 * SLOT, host=None, sizes=sizes_of(n_more))
     assert unknown.fits_host and unknown.has_room_for_experts, "unknown is not too little"
+
+
+def test_of_experts_that_are_all_on_the_device_none_is_kept_beside_it() -> None:
+    sizes = replace(SIZES, all_experts_bytes=32 * SLOT)
+    made = plan(host=1, sizes=sizes)
+    assert made.n_slots == (8, 8, 8, 8) and made.n_bytes == 32 * SLOT
+    assert (made.fits_host, made.has_room_for_experts, made.notes) == (False, False, ())
+
+
+def test_with_fewer_slots_the_host_may_have_too_little_room() -> None:
+    made = plan(OTHER + 9 * SLOT, host=HOST, sizes=sizes_of(9 * SLOT - 1))
+    fewer = with_fewer_slots(made, SIZES)
+    assert fewer is not None and made.has_room_for_experts and not fewer.has_room_for_experts
+    assert "those that are missing there come from disk" in " ".join(fewer.notes)
+    roomy = with_fewer_slots(plan(OTHER + 9 * SLOT), SIZES)
+    assert roomy is not None and roomy.has_room_for_experts
 
 
 def test_what_the_host_has_does_not_change_the_slots() -> None:

@@ -3,6 +3,7 @@
 from collections import Counter
 from contextlib import closing
 from random import Random
+from typing import Any
 
 import numpy as np
 import pytest
@@ -116,3 +117,59 @@ def test_a_token_of_which_everything_is_missing_still_leaves_room_for_a_guess(
         for layer in range(3):
             serve(runner, witness, layer, [list(range(layer, layer + 12))])
         check_contents(model, cache)
+
+
+# what things cost
+
+
+def test_reads_for_a_token_give_the_host_another_chance_and_those_of_a_prompt_do_not(
+    models: OpenModels,
+) -> None:
+    model = models.get("alike")
+    with closing(make_cache(model, 2, 2, 2)) as cache:
+        runner, witness = make_runner(cache, model, "load")
+        cache.store.observe_compute(1000, 1.0, on_host=True)
+        serve(runner, witness, 0, [[5, 0], [1, 2], [4, 3]])
+        assert cache.store.costs.host_s_per_byte == 1e-3
+        serve(runner, witness, 1, [[5, 0]])
+        assert cache.store.costs.host_s_per_byte < 0.985e-3
+
+
+class FakePasses:
+    """Takes these nanoseconds for a pass: of one token, and for each token of several."""
+
+    def __init__(self, one_ns: dict[bool, int], each_ns: dict[bool, int]) -> None:
+        self._one_ns, self._each_ns = one_ns, each_ns
+
+    def has_host(self, layer: int) -> bool:
+        return True
+
+    def run(
+        self, layer: int, on_host: bool, pairs: np.ndarray, slots: np.ndarray, n_tokens: int
+    ) -> int:
+        assert len(pairs) == len(slots) == n_tokens
+        assert (pairs == 2 * np.arange(n_tokens)).all(), "the first choice of each token"
+        if n_tokens == 1:
+            return self._one_ns[on_host]
+        return 150_000 + n_tokens * self._each_ns[on_host]  # a graph is built first
+
+
+@pytest.mark.parametrize(("n_batch", "growths"), [(512, (0.25, 0.5)), (31, (1.0, 1.0))])
+def test_what_further_pairs_cost_is_measured_at_load(
+    models: OpenModels,
+    monkeypatch: pytest.MonkeyPatch,
+    n_batch: int,
+    growths: tuple[float, float],
+) -> None:
+    model = models.get("alike")
+    with closing(make_cache(model, 2, 2, 2, has_room=True)) as cache:
+        store = cache.store
+        monkeypatch.setattr(store, "is_in_memory", lambda layer, expert: True)
+        passes: Any = FakePasses({False: 40_000, True: 80_000}, {False: 10_000, True: 40_000})
+        stats = StatsRecorder(3, (2, 2, 2), n_expert=6)
+        planner = MissPlanner(cache, passes, "auto")
+        runner = ExpertRunner(cache, passes, stats, planner, n_expert_used=2, n_batch=n_batch)
+        runner.measure_costs()
+        assert store.costs.slot_s_per_byte == pytest.approx(40e-6 / store.n_bytes(0))
+        assert store.costs.host_s_per_byte == pytest.approx(80e-6 / store.n_bytes(0))
+        assert (store._slot_growth, store._host_growth) == pytest.approx(growths)

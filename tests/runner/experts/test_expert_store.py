@@ -406,24 +406,25 @@ def test_the_many_reads_of_a_prompt_make_the_host_seem_no_faster(
 
 
 @pytest.mark.parametrize(
-    ("one_s", "several_s", "n_pairs_at_most"),
+    ("slot_growth", "host_growth", "n_pairs_at_most"),
     [
-        (2.0, 16.0, 12),  # eight cost eight times as much: each pair loses 1 s, a read takes 12.5
-        (2.0, 9.0, 1000),  # a pair more costs 1 s, as in a slot
-        (2.0, 12.5, 24),  # 1.5 s: 2 + 1.5 * 23 = 36.5 = 12.5 + 24
-        (2.0, 1.0, 1000),  # noise: never less than nothing
-        (2.0, 99.0, 12),  # nor more than all alone
+        (1.0, 1.0, 12),  # each pair loses 1 s, a read takes 12.5
+        (1.0, 0.5, 1000),  # a further pair costs 1 s, as in a slot
+        (1.0, 0.75, 24),  # 2 + 1.5 * 23 = 36.5 = 12.5 + 24
+        (0.5, 0.75, 12),  # 2 + 1.5 * 11 = 18.5 against 12.5 + 1 + 0.5 * 11 = 19
+        (1.0, -3.0, 1000),  # noise: never less than nothing
+        (1.0, 9.0, 12),  # nor more than all alone
     ],
 )
-def test_more_pairs_of_an_expert_cost_what_several_cost_together(
-    one_s: float, several_s: float, n_pairs_at_most: int, path: Path,
+def test_further_pairs_of_an_expert_cost_less_than_the_first(
+    slot_growth: float, host_growth: float, n_pairs_at_most: int, path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
     with store_of(path, has_room=True) as (store, _):
         monkeypatch.setattr(store, "is_in_memory", lambda layer, expert: True)
         measured(store, read=12.5, slot=1.0, host=2.0)
-        store.observe_more(1.0, 8.0, 8, on_host=False)
-        store.observe_more(one_s, several_s, 8, on_host=True)
+        store.observe_more(slot_growth, on_host=False)
+        store.observe_more(host_growth, on_host=True)
         is_cheaper = [store.is_cheaper_on_host(0, 1, n) for n in range(1, 1001)]
         assert is_cheaper == [n <= n_pairs_at_most for n in range(1, 1001)]
 
