@@ -25,9 +25,8 @@ class CachePlan:
     other_bytes: int  # all but the experts: weights, full KV cache, compute memory, headroom
     notes: tuple[str, ...] = ()  # what the user should know, each one sentence
     is_on_device: bool = False  # the memory above is that of a device beside the CPU
-    has_room_for_experts: bool = True  # the host's memory holds the file's experts besides, or
-    # those of them that are not on a device
-    fits_host: bool = True  # it holds all of them
+    has_room_for_experts: bool = True  # besides, the host holds the file's that are on no device
+    fits_host: bool = True  # or all of the file's
     refused_slots: tuple[int, ...] = ()  # per layer, the first that a device had no memory for
 
     @property

@@ -77,11 +77,14 @@ class ExpertRunner:
             self._time_pairs(expert, on_host=True)
 
     def _time_pairs(self, slot: int, on_host: bool) -> None:
-        """One token's pair, and those of several tokens, for which the weights are read once."""
+        """One token's pair, and beside a device, where slots and host differ, what further pairs
+        cost: an expert's weights are read once for all of them."""
         store = self._cache.store
         one_s = self._fastest_s(slot, on_host, 1)
         store.observe_compute(store.n_bytes(0), one_s, on_host)
-        if self._n_batch >= _N_MANY:  # both of these build their graphs first
+        if (
+            self._cache.is_on_device and self._n_batch >= _N_MANY
+        ):  # both of these build their graphs first
             few_s, many_s = (self._fastest_s(slot, on_host, n) for n in (_N_FEW, _N_MANY))
             store.observe_more((many_s - few_s) / (_N_MANY - _N_FEW) / one_s, on_host)
 

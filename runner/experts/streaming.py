@@ -136,8 +136,8 @@ class Streaming:
         return not self._table.is_pinned(self._layer, self._table.slot_of[self._layer, expert])
 
     def _compute(self, experts: Sequence[int], on_host: bool = False) -> None:
-        """Compute all pairs of these experts, in the order of the batch; on a device one expert
-        after the other, unless all pairs are of one token: see `ExpertRunner`."""
+        """Compute all pairs of these experts, in the order of the batch; by a device's slots one
+        expert after the other, unless all pairs are of one token: see `ExpertRunner`."""
         is_apart = self._passes.has_device and not on_host
         if is_apart and len(experts) > 1 and len(self._plan.experts) > 1:
             for expert in experts:

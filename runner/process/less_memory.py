@@ -3,7 +3,7 @@
 from dataclasses import replace
 
 from runner.byte_sizes import flag_text
-from runner.config import MOE_CACHE_AUTO, EngineConfig
+from runner.config import MOE_CACHE_AUTO, MOE_CACHE_OFF, EngineConfig
 from runner.protocol import ModelInfo
 
 _FEWER = 0.85  # of the slots, or of their memory, that was too much
@@ -42,7 +42,7 @@ def _with_fewer_slots(engine: EngineConfig, n_slots: int) -> tuple[EngineConfig,
 def _with_less_room(engine: EngineConfig) -> tuple[EngineConfig, str]:
     """A smaller cache, or a wider margin where that alone decides how many slots there are."""
     text = "The GPU's memory ran out while the model was loaded, so that was done again with "
-    if engine.moe_cache_bytes != MOE_CACHE_AUTO:
+    if engine.moe_cache_bytes not in (MOE_CACHE_AUTO, MOE_CACHE_OFF):
         smaller = int(engine.moe_cache_bytes * _FEWER)
         text += f"--moe-cache {flag_text(smaller)}."
         return replace(engine, moe_cache_bytes=smaller), text

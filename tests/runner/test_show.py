@@ -1,6 +1,7 @@
 """`buddyrun show` about the expert cache: what a run would have on this machine."""
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -150,3 +151,16 @@ def test_a_plan_needs_no_native_code() -> None:
     command = [sys.executable, "-c", script, "show", str(DEMO), "--moe-cache", "12MB"]
     done = subprocess.run(command, capture_output=True, cwd=ROOT, check=False)
     assert done.returncode == 0 and b"Expert cache" in done.stdout
+
+
+@pytest.mark.parametrize(("device", "status"), [("auto", 1), ("cpu", 0)])
+def test_where_ggml_cannot_be_used_a_plan_for_a_gpu_says_why(
+    tmp_path: Path, device: str, status: int
+) -> None:
+    script = "import sys; from runner.cli import main; sys.exit(main(sys.argv[1:]))"
+    command = [sys.executable, "-c", script, "show", str(DEMO), "--moe-cache", "12MB"]
+    environment = {**os.environ, "LLAMA_CPP_LIB_PATH": str(tmp_path), "BUDDYRUN_DEVICE": device}
+    done = subprocess.run(command, capture_output=True, cwd=ROOT, env=environment, check=False)
+    assert done.returncode == status and b"Traceback" not in done.stderr
+    assert (b"Expert cache" in done.stdout) == (status == 0)
+    assert (b"buddyrun: no ggml-base library in" in done.stderr) == (status == 1)

@@ -154,16 +154,21 @@ class FakePasses:
         return 150_000 + n_tokens * self._each_ns[on_host]  # a graph is built first
 
 
-@pytest.mark.parametrize(("n_batch", "growths"), [(512, (0.25, 0.5)), (31, (1.0, 1.0))])
-def test_what_further_pairs_cost_is_measured_at_load(
+@pytest.mark.parametrize(
+    ("is_on_device", "n_batch", "growths"),
+    [(True, 512, (0.25, 0.5)), (True, 31, (1.0, 1.0)), (False, 512, (1.0, 1.0))],
+)
+def test_what_further_pairs_cost_is_measured_at_load_beside_a_device(
     models: OpenModels,
     monkeypatch: pytest.MonkeyPatch,
+    is_on_device: bool,
     n_batch: int,
     growths: tuple[float, float],
 ) -> None:
     model = models.get("alike")
     with closing(make_cache(model, 2, 2, 2, has_room=True)) as cache:
         store = cache.store
+        monkeypatch.setattr(type(cache), "is_on_device", is_on_device)
         monkeypatch.setattr(store, "is_in_memory", lambda layer, expert: True)
         passes: Any = FakePasses({False: 40_000, True: 80_000}, {False: 10_000, True: 40_000})
         stats = StatsRecorder(3, (2, 2, 2), n_expert=6)

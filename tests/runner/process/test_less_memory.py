@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 
-from runner.config import MOE_CACHE_AUTO, EngineConfig
+from runner.config import MOE_CACHE_AUTO, MOE_CACHE_OFF, EngineConfig
 from runner.device_memory import DeviceMemory
 from runner.process.less_memory import with_less_memory
 from tests.runner.chat_fakes import INFO
@@ -24,6 +24,8 @@ def test_a_size_that_was_named_is_what_becomes_smaller_at_load() -> None:
     less = with_less_memory(replace(ENGINE, moe_cache_bytes=100 << 20), None)
     assert less is not None
     assert less[0] == replace(ENGINE, moe_cache_bytes=85 << 20) and "--moe-cache 85MiB" in less[1]
+    less = with_less_memory(replace(ENGINE, moe_cache_bytes=MOE_CACHE_OFF), None)  # no experts
+    assert less is not None and "--fit-margin" in less[1]
     less = with_less_memory(replace(ENGINE, moe_cache_slots=8), None)
     assert less is not None and less[0] == replace(ENGINE, moe_cache_slots=6)
     assert with_less_memory(replace(ENGINE, moe_cache_slots=1), None) is None
